@@ -1,0 +1,31 @@
+# Everything runs in .venv, which the first target builds from pinned versions.
+# PYTHON chooses the interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+BIN = .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_WARN_SCRIPT_LOCATION = 1
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	$(BIN)/mipprune demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv mipprune-demo

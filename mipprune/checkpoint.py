@@ -1,0 +1,120 @@
+"""A pruned model on disk: plain safetensors, the tokenizer, packed masks, and the record."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solvers import InvalidInput
+from solvers.files import replaced_on_success
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .prune import PruneReport
+
+MASKS_FILE = "masks.safetensors"
+RECORD_FILE = "mipprune.json"
+
+
+def check_new(out: str | Path) -> Path:
+    """The output path; `InvalidInput` if something is there already or nothing can be written."""
+    path = Path(out).expanduser()
+    if path.exists() or path.is_symlink():
+        raise InvalidInput(f"{path} exists already; choose another output or remove it.")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InvalidInput(f"{path} cannot be written, since {above} is no folder to write in.")
+    return path
+
+
+def save(
+    out: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: PruneReport,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a pruned model that plain transformers loads.
+
+    Parameters
+    ----------
+    out
+        A folder that does not exist; it appears when everything is written.
+    model
+        Pruned; it is converted in place to ``dtype``.
+    tokenizer
+        Saved beside it.
+    report
+        The record, saved as `RECORD_FILE`, and the masks, one bit per weight.
+    dtype
+        Type of the stored weights; None leaves the model's. The type that the model was stored
+        in is exact, since pruning changes no weight but to zero.
+    """
+    with replaced_on_success(check_new(out)) as folder:
+        folder.mkdir()
+        model.to(dtype or model.dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_masks(folder / MASKS_FILE, report.masks)
+        write_json(folder / RECORD_FILE, report.to_dict())
+
+
+def write_json(path: str | Path, record: Any) -> None:
+    """JSON in one piece; not-a-number is written as null."""
+    with replaced_on_success(path) as temporary:
+        text = json.dumps(_finite(record), indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def save_masks(path: str | Path, masks: dict[str, Tensor]) -> None:
+    """Masks (bool ``[outputs, inputs]``) packed to one bit per weight, rows padded to bytes."""
+    from safetensors.numpy import save_file
+
+    packed = {name: np.packbits(mask.cpu().numpy(), axis=1) for name, mask in masks.items()}
+    widths = {name: str(mask.shape[1]) for name, mask in masks.items()}
+    with replaced_on_success(path) as temporary:
+        save_file(packed, temporary, metadata=widths)
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """Masks of a pruned model's folder (or of a masks file), bool, True = keep.
+
+    Raises
+    ------
+    InvalidInput
+        If there are none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    file = path / MASKS_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InvalidInput(f"There are no masks at {file}.")
+    try:
+        with safe_open(file, "np") as stored:
+            widths = stored.metadata() or {}
+            return {
+                name: torch.from_numpy(
+                    np.unpackbits(stored.get_tensor(name), axis=1, count=int(widths[name]))
+                ).bool()
+                for name in stored.keys()  # noqa: SIM118 (not a mapping)
+            }
+    except (SafetensorError, KeyError) as error:
+        raise InvalidInput(f"{file} is no file of packed masks ({error}).") from error
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with floats that JSON cannot hold replaced by None."""
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

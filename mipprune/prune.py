@@ -1,0 +1,434 @@
+"""The run: every linear layer of every block as a `MaskProblem`, solved and written back."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from solvers import (
+    InvalidInput,
+    MaskProblem,
+    MaskSolution,
+    Pattern,
+    PerLayer,
+    get_solver,
+    solve,
+)
+from solvers.registry import DEFAULT_START
+
+from .calibration import Windows, cut_windows, read_texts, window_length
+from .gram import Gram
+from .models import Coverage, PrunableLayer, coverage, find_blocks, prunable_layers
+from .walk import BlockWalk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Grams = Literal["pruned", "dense"]
+
+REFERENCE = "wanda"
+"""Every layer's loss is also given relative to this solver's mask on the same problem."""
+
+_ZERO_TOKENS = "saw no calibration token: pruned by magnitude"
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What was done to one layer. Losses are squared output changes per token, float64.
+
+    Attributes
+    ----------
+    name, rows, inputs
+        The layer and its shape.
+    tokens
+        Calibration tokens it saw.
+    dead_inputs
+        Inputs that were always zero.
+    sparsity
+        Share of its weights removed.
+    loss_start
+        Of the mask that the solver started from; None for a solver without a start.
+    loss
+        Of the mask that was written.
+    loss_reference
+        Of `REFERENCE`'s mask on the same problem.
+    relative_error
+        ``loss`` as a share of the mean square of the dense output.
+    status
+        Why the solver stopped.
+    seconds
+        Of solving.
+    stats
+        The solver's own counts.
+    note
+        Anything out of the ordinary; empty otherwise.
+    """
+
+    name: str
+    rows: int
+    inputs: int
+    tokens: int
+    dead_inputs: int
+    sparsity: float
+    loss_start: float | None
+    loss: float
+    loss_reference: float
+    relative_error: float
+    status: str
+    seconds: float
+    stats: dict[str, Any]
+    note: str = ""
+
+
+@dataclass
+class PruneReport:
+    """Everything needed to repeat a run and to judge it."""
+
+    settings: dict[str, Any]
+    calibration: dict[str, Any]
+    environment: dict[str, str]
+    coverage: Coverage
+    replay_error: float
+    layers: list[LayerResult] = field(default_factory=list)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Summed layer loss."""
+        return sum(layer.loss for layer in self.layers)
+
+    @property
+    def loss_start(self) -> float | None:
+        """Summed layer loss of the starts; None if the solver had none."""
+        starts = [layer.loss_start for layer in self.layers if layer.loss_start is not None]
+        return sum(starts) if len(starts) == len(self.layers) else None
+
+    @property
+    def loss_reference(self) -> float:
+        """Summed layer loss of `REFERENCE` on the same problems."""
+        return sum(layer.loss_reference for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share removed of all prunable weights."""
+        removed = sum(layer.sparsity * layer.rows * layer.inputs for layer in self.layers)
+        return removed / sum(layer.rows * layer.inputs for layer in self.layers)
+
+    @property
+    def mask_hash(self) -> str:
+        """SHA-256 over the names, shapes and packed masks of all layers."""
+        digest = sha256()
+        for name in sorted(self.masks):
+            mask = self.masks[name]
+            digest.update(f"{name} {tuple(mask.shape)}".encode())
+            digest.update(np.packbits(mask.numpy(), axis=1).tobytes())
+        return digest.hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready record, without the masks themselves."""
+        return {
+            "format": 1,
+            "settings": self.settings,
+            "calibration": self.calibration,
+            "environment": self.environment,
+            "coverage": {**asdict(self.coverage), "share": self.coverage.share},
+            "replay_error": self.replay_error,
+            "sparsity": self.sparsity,
+            "loss_start": self.loss_start,
+            "loss": self.loss,
+            "loss_reference": self.loss_reference,
+            "reference": REFERENCE,
+            "mask_hash": self.mask_hash,
+            "warnings": self.warnings,
+            "seconds": self.seconds,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+class Observer:
+    """Told how a run proceeds; methods do nothing unless overridden."""
+
+    def begin(self, blocks: int, weights: int) -> None:
+        """The model has so many blocks and prunable weights."""
+
+    def phase(self, text: str) -> None:
+        """What is being done now."""
+
+    def layer(self, block: int, result: LayerResult) -> None:
+        """A layer of block ``block`` is finished."""
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: str | Windows | None,
+    pattern: Pattern,
+    solver: str = "swap",
+    start: str | None = None,
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    batch_size: int = 8,
+    grams: Grams = "pruned",
+    seed: int = 0,
+    blocks: str | None = None,
+    solver_options: dict[str, Any] | None = None,
+    observer: Observer | None = None,
+) -> PruneReport:
+    """Prune a causal language model in place, block by block.
+
+    Parameters
+    ----------
+    model, tokenizer
+        From transformers; the model stays on its device.
+    calibration
+        A text source (see `read_texts`; None is Python's documentation) or ready windows.
+    pattern
+        Sparsity pattern of every layer. Embeddings and language-model head stay dense.
+    solver, start
+        Names out of `solvers.available`; a start of None leaves it to the solver.
+    samples, seqlen
+        Calibration windows and tokens in each (at most the model's positions).
+    batch_size
+        Windows per forward.
+    grams
+        "pruned": a block's inputs come from the pruned blocks before it; "dense": from the
+        unpruned model.
+    seed
+        Of the windows and of the solver.
+    blocks
+        Name of the module list of blocks, where it is not found by itself.
+    solver_options
+        The solver's own options.
+    observer
+        Told about progress.
+
+    Raises
+    ------
+    InvalidInput
+        If a name, the text or the model cannot be worked with. Checks come before the first
+        weight is changed, but for activations that overflow and patterns that do not fit.
+    """
+    observer = observer or Observer()
+    began = time.perf_counter()
+    chosen = get_solver(solver, **(solver_options or {}))
+    if start is None and chosen.needs_start:
+        start = DEFAULT_START
+    for name in filter(None, (solver, start)):
+        reason = get_solver(name).unable(pattern)
+        if reason is not None:
+            raise InvalidInput(reason)
+    if grams not in ("pruned", "dense"):
+        raise InvalidInput(f"Grams are taken from 'pruned' or 'dense', not '{grams}'.")
+    blocks_name, block_list = find_blocks(model, blocks)
+    covered = coverage(blocks_name, block_list)
+    for layer in all_layers(blocks_name, block_list):
+        _check_layer(layer, pattern)
+    model.eval()
+    observer.begin(len(block_list), covered.prunable)
+    observer.phase("calibration text")
+    windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed)
+    observer.phase("replay check and capture")
+    walk = BlockWalk(model, blocks_name, block_list, windows.tokens, batch_size)
+    report = PruneReport(
+        settings={
+            "solver": solver,
+            "start": start,
+            "solver_options": solver_options or {},
+            "pattern": pattern.to_dict(),
+            "grams": grams,
+            "samples": samples,
+            "seqlen": seqlen,
+            "batch_size": batch_size,
+            "seed": seed,
+            "blocks": blocks_name,
+        },
+        calibration={
+            "source": windows.source,
+            "windows": len(windows.tokens),
+            "length": windows.tokens.shape[1],
+            "sha256": windows.digest,
+        },
+        environment=environment(model),
+        coverage=covered,
+        replay_error=walk.replay_error,
+    )
+    if covered.share < 0.95:
+        report.warnings.append(f"Only {covered.share:.0%} of the block weights are prunable.")
+    if len(windows.tokens) < samples:
+        report.warnings.append(
+            f"The text gave {len(windows.tokens)} windows of {windows.tokens.shape[1]} tokens, "
+            f"not {samples}."
+        )
+    for index in range(len(walk)):
+        observer.phase(f"block {index}: Gram matrices")
+        step = walk.visit(index)
+        for layer in step.layers:
+            observer.phase(layer.name)
+            result, mask = _prune_layer(
+                layer, step.grams.gram(layer), pattern, solver, start, seed, solver_options or {}
+            )
+            report.layers.append(result)
+            report.masks[layer.name] = mask.cpu()
+            if result.note:
+                report.warnings.append(f"{layer.name} {result.note}.")
+            observer.layer(index, result)
+        if index + 1 < len(walk):
+            walk.leave(index, rerun=grams == "pruned")
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def calibration_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: str | Windows | None,
+    samples: int,
+    seqlen: int,
+    seed: int,
+) -> Windows:
+    """Windows to calibrate on, no longer than the model's positions."""
+    if isinstance(calibration, Windows):
+        return calibration
+    source, texts = read_texts(calibration, "calibration")
+    length = window_length(model.config, seqlen)
+    return cut_windows(texts, source, tokenizer, length, samples, seed)
+
+
+def layer_problem(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: str | Windows | None,
+    layer: str,
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    batch_size: int = 8,
+    seed: int = 0,
+    blocks: str | None = None,
+) -> MaskProblem:
+    """One layer of the dense model as a problem (with a placeholder pattern of 50 %).
+
+    Parameters are those of `prune`; ``layer`` is the full name of a linear layer.
+
+    Raises
+    ------
+    InvalidInput
+        If there is no such layer (the sentence lists some that there are).
+    """
+    blocks_name, block_list = find_blocks(model, blocks)
+    names = [found.name for found in all_layers(blocks_name, block_list)]
+    if layer not in names:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise InvalidInput(f"There is no prunable layer '{layer}'; the layers are {shown}")
+    windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed)
+    walk = BlockWalk(model, blocks_name, block_list, windows.tokens, batch_size)
+    for index in range(len(walk)):
+        step = walk.visit(index)
+        for found in step.layers:
+            if found.name == layer:
+                gram = step.grams.gram(found)
+                return MaskProblem(found.weight.float(), gram.matrix, PerLayer(sparsity=0.5))
+        walk.leave(index, rerun=False)
+    raise AssertionError("a layer found before must be found again")
+
+
+def all_layers(blocks_name: str, blocks: nn.ModuleList) -> list[PrunableLayer]:
+    """The prunable layers of all blocks, in order."""
+    return [
+        layer
+        for index, block in enumerate(blocks)
+        for layer in prunable_layers(block, f"{blocks_name}.{index}")
+    ]
+
+
+def environment(model: nn.Module) -> dict[str, str]:
+    """Versions and machine, for the record."""
+    packages = ("mipprune", "torch", "transformers", "numpy", "numba")
+    parameter = next(model.parameters())
+    return {
+        **{name: _version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(parameter.device)
+        if parameter.device.type == "cpu"
+        else torch.cuda.get_device_name(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _check_layer(layer: PrunableLayer, pattern: Pattern) -> None:
+    rows, inputs = layer.weight.shape
+    try:
+        pattern.check((rows, inputs))
+    except InvalidInput as error:
+        raise InvalidInput(f"Layer {layer.name}: {error}") from None
+    if not bool(torch.isfinite(layer.weight).all()):
+        raise InvalidInput(f"Layer {layer.name} has NaN or infinite weights; mend the model first.")
+
+
+def _prune_layer(
+    layer: PrunableLayer,
+    gram: Gram,
+    pattern: Pattern,
+    solver: str,
+    start: str | None,
+    seed: int,
+    options: dict[str, Any],
+) -> tuple[LayerResult, Tensor]:
+    """Solve one layer and write its mask into the model."""
+    began = time.perf_counter()
+    problem = MaskProblem(layer.weight, gram.matrix, pattern)
+    note = ""
+    started: MaskSolution | None = None
+    if gram.tokens == 0:
+        note = _ZERO_TOKENS
+        solution = solve(problem, "magnitude", seed=seed)
+    elif start is None:
+        solution = solve(problem, solver, seed=seed, **options)
+    else:
+        started = solve(problem, start, seed=seed)
+        solution = solve(problem, solver, start=started.mask, seed=seed, **options)
+    seconds = time.perf_counter() - began
+
+    loss = float(solution.objective.sum())
+    reference = started if start == REFERENCE and started else solve(problem, REFERENCE)
+    energy = float(problem.output_energy().sum())
+    rows, inputs = problem.shape
+    result = LayerResult(
+        name=layer.name,
+        rows=rows,
+        inputs=inputs,
+        tokens=gram.tokens,
+        dead_inputs=int((gram.matrix.diagonal() == 0).sum()),
+        sparsity=1.0 - float(solution.mask.double().mean()),
+        loss_start=float(started.objective.sum()) if started else None,
+        loss=loss,
+        loss_reference=float(reference.objective.sum()),
+        relative_error=loss / energy if energy > 0 else 0.0,
+        status=solution.status.name,
+        seconds=seconds,
+        stats=solution.stats,
+        note=note,
+    )
+    layer.weight.masked_fill_(~solution.mask, 0.0)  # last: the problem is a view of the weight
+    return result, solution.mask

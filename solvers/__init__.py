@@ -1,0 +1,43 @@
+"""Mask selection for linear layers as an optimisation problem, and solvers for it.
+
+State the problem once (`MaskProblem`), choose a pattern, and `solve` it by name; `available`
+lists the solvers. This package knows rows, Gram matrices and patterns, and no transformer.
+"""
+
+from .errors import InvalidInput
+from .pattern import NM, CellPattern, Neighbourhood, Pattern, PerLayer, PerRow
+from .problem import MaskProblem
+from .registry import SolverInfo, available, get_solver, register, solve
+from .saliency import RIA, Magnitude, Wanda
+from .solution import MaskSolution, Status, TracePoint
+from .solver import Outcome, Progress, Solver
+from .swap import Swap
+
+DISTRIBUTION = "mipprune"
+"""The distribution this package belongs to; `import mipprune` checks it."""
+
+__all__ = [
+    "NM",
+    "RIA",
+    "CellPattern",
+    "InvalidInput",
+    "Magnitude",
+    "MaskProblem",
+    "MaskSolution",
+    "Neighbourhood",
+    "Outcome",
+    "Pattern",
+    "PerLayer",
+    "PerRow",
+    "Progress",
+    "Solver",
+    "SolverInfo",
+    "Status",
+    "Swap",
+    "TracePoint",
+    "Wanda",
+    "available",
+    "get_solver",
+    "register",
+    "solve",
+]

@@ -1,0 +1,329 @@
+"""Sparsity patterns: which masks are allowed, and the oracles over them.
+
+Everything here speaks of masks ``m``: ``True`` (or 1) means *keep*. ``sparsity`` is the
+fraction *removed*, and ``NM(keep=2, group=4)``, written "2:4", *keeps* 2 of every 4
+consecutive inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidInput
+
+Shape = tuple[int, int]
+"""``(rows, inputs)`` of a layer's weight."""
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """Which pairs (kept, pruned) a 1-swap may exchange.
+
+    Attributes
+    ----------
+    width
+        A swap inside a row stays inside one block of ``width`` consecutive inputs.
+    across_rows
+        Whether a weight of one row may also be exchanged for a weight of another.
+    """
+
+    width: int
+    across_rows: bool
+
+
+class Pattern(ABC):
+    """A set of allowed masks, known through its oracles.
+
+    Subclasses are immutable and independent of a layer's size; every question about a
+    concrete layer takes its shape from the argument.
+    """
+
+    @abstractmethod
+    def check(self, shape: Shape) -> None:
+        """Raise `InvalidInput` if no mask of this shape can follow the pattern."""
+
+    @abstractmethod
+    def violation(self, mask: Tensor) -> str | None:
+        """Say in a few words why ``mask`` (bool ``[rows, d]``) is not allowed, or None."""
+
+    @abstractmethod
+    def lmo(
+        self, direction: Tensor, lower: Tensor | None = None, upper: Tensor | None = None
+    ) -> Tensor:
+        """Linear minimisation oracle, optionally under bounds.
+
+        Parameters
+        ----------
+        direction
+            Float ``[rows, d]``.
+        lower, upper
+            Bool ``[rows, d]``: entries with ``lower`` must be kept, entries without
+            ``upper`` must be pruned. These are the bounds of a branch-and-bound node.
+
+        Returns
+        -------
+        Tensor
+            Bool ``[rows, d]``: an allowed mask that minimises ``<direction, mask>``.
+
+        Raises
+        ------
+        InvalidInput
+            If the bounds leave no allowed mask.
+        """
+
+    @abstractmethod
+    def neighbourhood(self, shape: Shape) -> Neighbourhood | None:
+        """Pairs that a swap may exchange; None if swaps do not preserve the pattern."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready description."""
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the rows share a budget, so that they cannot be solved one by one."""
+        return False
+
+    def is_feasible(self, mask: Tensor) -> bool:
+        """Whether ``mask`` (bool ``[rows, d]``) is allowed."""
+        return self.violation(mask) is None
+
+    def round(self, relaxed: Tensor) -> Tensor:
+        """Nearest allowed mask to ``relaxed`` (float ``[rows, d]``), exact counts even with ties.
+
+        ``|m - z|^2`` is linear in a binary ``m`` with fixed count, so this is the oracle at ``-z``.
+        """
+        return self.lmo(-relaxed)
+
+
+class CellPattern(Pattern):
+    """A pattern that keeps a fixed number of entries in every *cell* of equal size.
+
+    A cell is a row, a group of consecutive inputs, or the whole layer. The polytope is a
+    product of hypersimplices, hence integral, and its oracle one batched selection.
+    """
+
+    @abstractmethod
+    def cell_size(self, shape: Shape) -> int:
+        """Entries per cell."""
+
+    @abstractmethod
+    def kept_per_cell(self, shape: Shape) -> int:
+        """Entries kept in each cell."""
+
+    @abstractmethod
+    def cell_name(self, shape: Shape, cell: int) -> str:
+        """How to call a cell in a message."""
+
+    def check(self, shape: Shape) -> None:
+        size, kept = self.cell_size(shape), self.kept_per_cell(shape)
+        if not 0 <= kept <= size:
+            raise InvalidInput(
+                f"{self} keeps {kept} of {size} weights; choose a count in 0..{size}."
+            )
+
+    def cells(self, values: Tensor) -> Tensor:
+        """View ``[rows, d]`` as ``[cells, cell size]``."""
+        return values.reshape(-1, self.cell_size(_shape(values)))
+
+    def violation(self, mask: Tensor) -> str | None:
+        shape = _shape(mask)
+        kept = self.kept_per_cell(shape)
+        counts = self.cells(mask).sum(dim=1)
+        wrong = (counts != kept).nonzero()
+        if len(wrong) == 0:
+            return None
+        cell = int(wrong[0])
+        return (
+            f"{self.cell_name(shape, cell)} keeps {int(counts[cell])} weights where "
+            f"{self} keeps {kept}"
+        )
+
+    def lmo(
+        self, direction: Tensor, lower: Tensor | None = None, upper: Tensor | None = None
+    ) -> Tensor:
+        shape = _shape(direction)
+        kept = self.kept_per_cell(shape)
+        if upper is not None:
+            direction = direction.masked_fill(~upper, math.inf)
+        if lower is not None:
+            direction = direction.masked_fill(lower, -math.inf)
+        self._check_bounds(shape, kept, lower, upper)
+        cells = self.cells(direction)
+        chosen = cells.topk(kept, dim=1, largest=False, sorted=False).indices
+        mask = torch.zeros(cells.shape, dtype=torch.bool, device=cells.device)
+        return mask.scatter_(1, chosen, True).reshape(shape)
+
+    def _check_bounds(
+        self, shape: Shape, kept: int, lower: Tensor | None, upper: Tensor | None
+    ) -> None:
+        if lower is not None and upper is not None and bool((lower & ~upper).any()):
+            raise InvalidInput("A weight is fixed both as kept and as pruned; drop one of the two.")
+        if lower is not None:
+            fixed = self.cells(lower).sum(dim=1)
+            self._refuse(shape, fixed > kept, fixed, f"keeps {kept} but {{}} are fixed as kept")
+        if upper is not None:
+            free = self.cells(upper).sum(dim=1)
+            self._refuse(shape, free < kept, free, f"keeps {kept} but only {{}} may be kept")
+
+    def _refuse(self, shape: Shape, wrong: Tensor, counts: Tensor, reason: str) -> None:
+        if bool(wrong.any()):
+            cell = int(wrong.nonzero()[0])
+            raise InvalidInput(
+                f"The fixed weights leave no mask: {self.cell_name(shape, cell)} "
+                f"{reason.format(int(counts[cell]))}; free some of them."
+            )
+
+
+class _Budget(CellPattern):
+    """A cell pattern whose count is given as a sparsity or as a number of kept weights."""
+
+    sparsity: float | None
+    keep: int | None
+    _scope: str
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.keep is None):
+            raise InvalidInput(f"{type(self).__name__} takes either sparsity or keep.")
+        if self.sparsity is not None and not 0.0 < self.sparsity < 1.0:
+            raise InvalidInput(
+                f"Sparsity {self.sparsity} is outside (0, 1); "
+                "it is the fraction of weights removed."
+            )
+        if self.keep is not None and self.keep < 0:
+            raise InvalidInput(f"keep={self.keep} is negative; it is the number of weights kept.")
+
+    def kept_per_cell(self, shape: Shape) -> int:
+        size = self.cell_size(shape)
+        if self.keep is not None:
+            return self.keep
+        assert self.sparsity is not None
+        return size - int(size * self.sparsity)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": f"per_{self._scope}", "sparsity": self.sparsity, "keep": self.keep}
+
+    def __str__(self) -> str:
+        amount = f"keep {self.keep}" if self.sparsity is None else f"{self.sparsity:.4g} sparsity"
+        return f"{amount} per {self._scope}"
+
+
+@dataclass(frozen=True)
+class PerRow(_Budget):
+    """Every row keeps ``d - int(d * sparsity)`` weights (or exactly ``keep``).
+
+    Raises
+    ------
+    InvalidInput
+        If sparsity is outside (0, 1), or not exactly one of the two is given.
+    """
+
+    sparsity: float | None = None
+    keep: int | None = None
+    _scope = "row"
+
+    def cell_size(self, shape: Shape) -> int:
+        return shape[1]
+
+    def cell_name(self, shape: Shape, cell: int) -> str:
+        return f"row {cell}"
+
+    def neighbourhood(self, shape: Shape) -> Neighbourhood:
+        return Neighbourhood(width=shape[1], across_rows=False)
+
+
+@dataclass(frozen=True)
+class PerLayer(_Budget):
+    """The layer as a whole keeps ``rows * d - int(rows * d * sparsity)`` weights (or ``keep``).
+
+    Raises
+    ------
+    InvalidInput
+        If sparsity is outside (0, 1), or not exactly one of the two is given.
+    """
+
+    sparsity: float | None = None
+    keep: int | None = None
+    _scope = "layer"
+
+    @property
+    def coupled(self) -> bool:
+        return True
+
+    def cell_size(self, shape: Shape) -> int:
+        return shape[0] * shape[1]
+
+    def cell_name(self, shape: Shape, cell: int) -> str:
+        return "the layer"
+
+    def neighbourhood(self, shape: Shape) -> Neighbourhood:
+        return Neighbourhood(width=shape[1], across_rows=True)
+
+
+@dataclass(frozen=True)
+class NM(CellPattern):
+    """Keep ``keep`` of every ``group`` consecutive inputs, written "keep:group" ("2:4").
+
+    Raises
+    ------
+    InvalidInput
+        If ``keep`` is not in 1..group-1.
+    """
+
+    keep: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < self.group:
+            raise InvalidInput(
+                f"Pattern {self.keep}:{self.group} keeps {self.keep} of every {self.group} inputs; "
+                f"the kept number must be in 1..{max(self.group - 1, 1)}."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> NM:
+        """Read "2:4"."""
+        try:
+            keep, group = (int(part) for part in text.split(":"))
+        except ValueError:
+            raise InvalidInput(
+                f"Pattern '{text}' is not of the form keep:group, such as 2:4."
+            ) from None
+        return cls(keep, group)
+
+    def check(self, shape: Shape) -> None:
+        if shape[1] % self.group:
+            raise InvalidInput(
+                f"Pattern {self} needs a number of inputs divisible by {self.group}, "
+                f"but this layer has {shape[1]}."
+            )
+
+    def cell_size(self, shape: Shape) -> int:
+        return self.group
+
+    def kept_per_cell(self, shape: Shape) -> int:
+        return self.keep
+
+    def cell_name(self, shape: Shape, cell: int) -> str:
+        row, group = divmod(cell, shape[1] // self.group)
+        return f"row {row}, group {group}"
+
+    def neighbourhood(self, shape: Shape) -> Neighbourhood:
+        return Neighbourhood(width=self.group, across_rows=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "nm", "keep": self.keep, "group": self.group}
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}"
+
+
+def _shape(values: Tensor) -> Shape:
+    rows, inputs = values.shape
+    return rows, inputs

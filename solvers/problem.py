@@ -1,0 +1,254 @@
+"""The mask selection problem of one linear layer.
+
+Row ``r`` of a weight ``W [rows, d]`` with Gram matrix ``G = X X^T / tokens`` loses
+
+    L_r(m) = q^T G q + linear_r^T x,    x = 1 - m,  q = x * w_r
+
+when the mask ``m`` (1 = keep) is applied: with no linear term, the squared change of the
+layer's output per token (Wanda, SparseFW eq. 1, SparseSwaps).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InvalidInput
+from .files import replaced_on_success
+from .pattern import Pattern
+
+ArrayLike: TypeAlias = Tensor | np.ndarray[Any, Any] | Sequence[Any]
+
+_OBJECTIVE_CHUNK = 1 << 24
+"""Entries of a float64 block of rows while an objective is computed (128 MiB)."""
+
+
+class MaskProblem:
+    """A batch of rows that share one Gram matrix, and the masks they may take.
+
+    Parameters
+    ----------
+    weight
+        ``[rows, d]``, float16/bfloat16 (held as float32), float32 or float64.
+    gram
+        ``[d, d]``, symmetric positive semi-definite up to rounding; float32 or float64.
+    pattern
+        The allowed masks.
+    linear
+        Optional ``[rows, d]``: cost of *pruning* each weight, added to the quadratic loss.
+
+    Attributes
+    ----------
+    weight, gram, linear, pattern
+        As given, validated; ``gram`` exactly symmetric, ``linear`` float64 or None.
+
+    Raises
+    ------
+    InvalidInput
+        If shapes do not fit, a value is not finite, the Gram matrix is not symmetric positive
+        semi-definite beyond rounding, or the pattern cannot hold for this shape.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    linear: Tensor | None
+    pattern: Pattern
+
+    def __init__(
+        self,
+        weight: ArrayLike,
+        gram: ArrayLike,
+        pattern: Pattern,
+        linear: ArrayLike | None = None,
+    ) -> None:
+        self.weight = _matrix(weight, "weight")
+        rows, d = self.weight.shape
+        gram = _matrix(gram, "gram", self.weight.device)
+        if gram.shape != (d, d):
+            raise InvalidInput(
+                f"The Gram matrix has shape {tuple(gram.shape)} but the weight has {d} inputs; "
+                f"it must be ({d}, {d})."
+            )
+        self.gram = _checked_gram(gram)
+        self.linear = None
+        if linear is not None:
+            self.linear = _matrix(linear, "linear", self.weight.device).double()
+            if self.linear.shape != self.weight.shape:
+                raise InvalidInput(
+                    f"The linear term has shape {tuple(self.linear.shape)}; it must match the "
+                    f"weight, {(rows, d)}."
+                )
+        pattern.check((rows, d))
+        self.pattern = pattern
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, d)``."""
+        rows, d = self.weight.shape
+        return rows, d
+
+    @property
+    def device(self) -> torch.device:
+        """Where weight and Gram matrix are."""
+        return self.weight.device
+
+    def __repr__(self) -> str:
+        rows, d = self.shape
+        extra = "" if self.linear is None else ", linear term"
+        return f"MaskProblem({rows} rows, {d} inputs, {self.pattern}{extra})"
+
+    def objective(self, mask: ArrayLike) -> Tensor:
+        """Loss of every row, float64 ``[rows]``, recomputed from the definition.
+
+        Parameters
+        ----------
+        mask
+            Bool ``[rows, d]``, True = keep. It need not follow the pattern.
+        """
+        mask = self.as_mask(mask)
+        rows, d = self.shape
+        gram = self.gram.double()
+        out = torch.empty(rows, dtype=torch.float64, device=self.device)
+        step = max(1, _OBJECTIVE_CHUNK // d)
+        for at in range(0, rows, step):
+            chunk = slice(at, at + step)
+            q = self.weight[chunk].double().masked_fill(mask[chunk], 0.0)
+            out[chunk] = ((q @ gram) * q).sum(dim=1)
+            if self.linear is not None:
+                out[chunk] += self.linear[chunk].masked_fill(mask[chunk], 0.0).sum(dim=1)
+        return out
+
+    def output_energy(self) -> Tensor:
+        """Mean square of each dense output, ``w_r^T G w_r``, float64 ``[rows]``."""
+        weight = self.weight.double()
+        return ((weight @ self.gram.double()) * weight).sum(dim=1)
+
+    def as_mask(self, mask: ArrayLike) -> Tensor:
+        """``mask`` as a bool tensor on the problem's device; `InvalidInput` if it does not fit."""
+        mask = torch.as_tensor(mask, device=self.device)
+        if mask.dtype != torch.bool:
+            raise InvalidInput(f"A mask must be boolean (True = keep), not {mask.dtype}.")
+        if tuple(mask.shape) != self.shape:
+            raise InvalidInput(f"The mask has shape {tuple(mask.shape)}; it must be {self.shape}.")
+        return mask
+
+    def rows(self, index: Sequence[int] | slice | Tensor) -> MaskProblem:
+        """The same problem on some rows (a whole-layer sparsity then holds over those rows)."""
+        if isinstance(index, slice):
+            index = range(self.shape[0])[index]
+        chosen = torch.as_tensor(index, dtype=torch.long, device=self.device).reshape(-1)
+        if (
+            len(chosen) == 0
+            or int(chosen.min()) < -self.shape[0]
+            or int(chosen.max()) >= self.shape[0]
+        ):
+            raise InvalidInput(f"Rows must be a non-empty choice from 0..{self.shape[0] - 1}.")
+        linear = None if self.linear is None else self.linear[chosen]
+        return self._derived(self.weight[chosen], self.gram, self.pattern, linear)
+
+    def to(self, device: torch.device | str) -> MaskProblem:
+        """The same problem on another device."""
+        linear = None if self.linear is None else self.linear.to(device)
+        return self._derived(self.weight.to(device), self.gram.to(device), self.pattern, linear)
+
+    @classmethod
+    def _derived(
+        cls, weight: Tensor, gram: Tensor, pattern: Pattern, linear: Tensor | None
+    ) -> MaskProblem:
+        """A problem from parts that an existing one has validated."""
+        problem = cls.__new__(cls)
+        problem.weight, problem.gram, problem.linear = weight, gram, linear
+        pattern.check(problem.shape)
+        problem.pattern = pattern
+        return problem
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], pattern: Pattern) -> MaskProblem:
+        """Read a safetensors file with ``weight``, ``gram`` and perhaps ``linear``.
+
+        Raises
+        ------
+        InvalidInput
+            If the file is missing, unreadable or lacks a tensor.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not Path(path).is_file():
+            raise InvalidInput(f"There is no problem file at {path}.")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise InvalidInput(f"{path} is not a readable safetensors file ({error}).") from error
+        missing = {"weight", "gram"} - tensors.keys()
+        if missing:
+            raise InvalidInput(
+                f"{path} lacks the tensor {sorted(missing)[0]!r}; "
+                "a problem file holds weight and gram."
+            )
+        return cls(tensors["weight"], tensors["gram"], pattern, tensors.get("linear"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weight, gram (and linear) as safetensors; the pattern is not stored."""
+        from safetensors.torch import save_file
+
+        tensors = {"weight": self.weight, "gram": self.gram}
+        if self.linear is not None:
+            tensors["linear"] = self.linear
+        with replaced_on_success(path) as temporary:
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+
+
+def _matrix(values: ArrayLike, name: str, device: torch.device | None = None) -> Tensor:
+    matrix = torch.as_tensor(values, device=device).detach()
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise InvalidInput(
+            f"{name} has shape {tuple(matrix.shape)}; it must be a non-empty matrix."
+        )
+    if not matrix.is_floating_point():
+        raise InvalidInput(f"{name} has type {matrix.dtype}; it must be floating point.")
+    if matrix.dtype not in (torch.float32, torch.float64):
+        matrix = matrix.float()
+    if not bool(torch.isfinite(matrix).all()):
+        row = int((~torch.isfinite(matrix)).any(dim=1).nonzero()[0])
+        raise InvalidInput(f"{name} has NaN or infinite values, first in row {row}; mend it first.")
+    return matrix
+
+
+def _checked_gram(gram: Tensor) -> Tensor:
+    """Symmetrised Gram matrix, or `InvalidInput`.
+
+    Tested in correlation form ``G_ij / sqrt(G_ii G_jj)``, where rounding errors of an
+    accumulated ``X X^T`` are of the size of float32 epsilon whatever the inputs' scales.
+    """
+    d = gram.shape[0]
+    diagonal = gram.diagonal()
+    if bool((diagonal < 0).any()):
+        raise InvalidInput(
+            f"The Gram matrix has a negative diagonal entry at input {int(diagonal.argmin())}; "
+            "it must be positive semi-definite, as X X^T is."
+        )
+    scale = torch.where(diagonal > 0, diagonal.double().rsqrt(), 0.0).to(gram.dtype)
+    correlation = gram * scale * scale[:, None]
+    epsilon = torch.finfo(torch.float32).eps
+    if float((correlation - correlation.T).abs().max()) > 64 * epsilon:
+        raise InvalidInput("The Gram matrix is not symmetric; pass X X^T, or (G + G^T) / 2.")
+    dead = diagonal == 0
+    if bool(gram[dead].any()):
+        raise InvalidInput(
+            f"The Gram matrix has a zero diagonal but a non-zero row at input "
+            f"{int((gram.ne(0).any(dim=1) & dead).nonzero()[0])}; it is not positive semi-definite."
+        )
+    correlation.diagonal().add_(d * epsilon)
+    if int(torch.linalg.cholesky_ex(correlation).info) != 0:
+        raise InvalidInput(
+            "The Gram matrix is not positive semi-definite beyond rounding; pass X X^T, "
+            "or add damping to its diagonal."
+        )
+    return gram if bool((gram == gram.T).all()) else (gram + gram.T) / 2

@@ -1,0 +1,137 @@
+"""The one front door: solvers by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .errors import InvalidInput
+from .problem import ArrayLike, MaskProblem
+from .solution import MaskSolution
+from .solver import Callback, Solver
+
+_SOLVERS: dict[str, type[Solver]] = {}
+
+_S = TypeVar("_S", bound=type[Solver])
+
+
+def register(solver: _S) -> _S:
+    """Class decorator: make a solver known by its name."""
+    _SOLVERS[solver.name] = solver
+    return solver
+
+
+@dataclass(frozen=True)
+class SolverInfo:
+    """What a solver is, what it can do, and why it cannot run here (None if it can)."""
+
+    name: str
+    summary: str
+    patterns: tuple[str, ...]
+    exact: bool
+    gives_bound: bool
+    needs_start: bool
+    options: tuple[str, ...]
+    unavailable: str | None
+
+
+def available() -> tuple[SolverInfo, ...]:
+    """All solvers with their abilities, in the order in which they were registered."""
+    return tuple(
+        SolverInfo(
+            name=s.name,
+            summary=s.summary,
+            patterns=tuple(p.__name__ for p in s.patterns),
+            exact=s.exact,
+            gives_bound=s.gives_bound,
+            needs_start=s.needs_start,
+            options=s.options(),
+            unavailable=s.unable(),
+        )
+        for s in _SOLVERS.values()
+    )
+
+
+def get_solver(name: str, **options: Any) -> Solver:
+    """The solver of that name, with options.
+
+    Raises
+    ------
+    InvalidInput
+        If the name or an option is unknown; the sentence lists the known ones.
+    """
+    try:
+        solver = _SOLVERS[name]
+    except KeyError:
+        raise InvalidInput(
+            f"There is no solver '{name}'; the solvers are {', '.join(_SOLVERS)}."
+        ) from None
+    unknown = options.keys() - set(solver.options())
+    if unknown:
+        known = ", ".join(solver.options()) or "none"
+        raise InvalidInput(
+            f"Solver '{name}' has no option '{sorted(unknown)[0]}'; its options are: {known}."
+        )
+    return solver(**options)
+
+
+DEFAULT_START = "wanda"
+"""Where a solver that needs a start begins when none is given."""
+
+
+def solve(
+    problem: MaskProblem,
+    solver: str,
+    *,
+    start: str | ArrayLike | None = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+    callback: Callback | None = None,
+    **options: Any,
+) -> MaskSolution:
+    """Choose masks for a problem.
+
+    Parameters
+    ----------
+    problem
+        Rows, Gram matrix and pattern.
+    solver
+        A name out of `available`.
+    start
+        Where to begin: a mask (bool ``[rows, d]``) or the name of another solver. None leaves it
+        to the solver; one that needs a start then begins at `DEFAULT_START`.
+    time_limit
+        Seconds for ``solver`` (a start given by name is solved before, without limit).
+    seed
+        Of whatever is drawn at random.
+    callback
+        Called with `Progress`.
+    **options
+        The solver's own options.
+
+    Returns
+    -------
+    MaskSolution
+        With the objective recomputed in float64.
+
+    Raises
+    ------
+    InvalidInput
+        If a name, an option or the start is wrong, or the solver cannot do this pattern.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.randn(8, 200, generator=torch.Generator().manual_seed(0))
+    >>> w = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    >>> problem = MaskProblem(w, x @ x.T / 200, PerRow(sparsity=0.5))
+    >>> solve(problem, "swap", start="wanda").status.name
+    'LOCAL_OPTIMUM'
+    """
+    chosen = get_solver(solver, **options)
+    if start is None and chosen.needs_start:
+        start = DEFAULT_START
+    if isinstance(start, str):
+        start = get_solver(start).solve(problem, seed=seed).mask
+    mask = None if start is None else problem.as_mask(start)
+    return chosen.solve(problem, start=mask, time_limit=time_limit, seed=seed, callback=callback)

@@ -1,0 +1,98 @@
+"""Closed-form saliencies: score every weight, keep the best-scored that the pattern allows.
+
+They see single weights only, never their interaction, and ignore a linear term. They are the
+baselines, and the starts of the searches.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidInput
+from .pattern import CellPattern
+from .problem import MaskProblem
+from .registry import register
+from .solution import Status
+from .solver import Callback, Clock, Outcome, Solver
+
+
+class Saliency(Solver):
+    """A solver that rounds a score per weight."""
+
+    patterns = (CellPattern,)
+
+    @abstractmethod
+    def score(self, problem: MaskProblem) -> Tensor:
+        """Importance of each weight, ``[rows, d]``, non-negative."""
+
+    def _search(
+        self,
+        problem: MaskProblem,
+        start: Tensor | None,
+        clock: Clock,
+        seed: int,
+        callback: Callback | None,
+    ) -> Outcome:
+        return Outcome(problem.pattern.round(self.score(problem)), Status.FEASIBLE)
+
+
+@register
+@dataclass(frozen=True)
+class Magnitude(Saliency):
+    """Score ``|W_ij|``."""
+
+    name = "magnitude"
+    summary = "keep the largest weights"
+
+    def score(self, problem: MaskProblem) -> Tensor:
+        return problem.weight.abs()
+
+
+@register
+@dataclass(frozen=True)
+class Wanda(Saliency):
+    """Score ``|W_ij| * ||X_j||``: the root of what removing that weight alone costs.
+
+    Wanda (Sun et al., arXiv 2306.11695), equation 1, with the norm read off the Gram matrix.
+    """
+
+    name = "wanda"
+    summary = "keep the weights whose single removal costs most"
+
+    def score(self, problem: MaskProblem) -> Tensor:
+        return problem.weight.abs() * _input_norms(problem)
+
+
+@register
+@dataclass(frozen=True)
+class RIA(Saliency):
+    """Score ``(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^power``.
+
+    Relative importance and activations (Zhang et al., "Plug-and-play", ICLR 2024), whose
+    activation power is 0.5.
+    """
+
+    power: float = 0.5
+
+    name = "ria"
+    summary = "keep the weights that matter most relative to their row and column"
+
+    def __post_init__(self) -> None:
+        if not self.power >= 0:
+            raise InvalidInput(f"RIA's power {self.power} is negative; the paper uses 0.5.")
+
+    def score(self, problem: MaskProblem) -> Tensor:
+        magnitude = problem.weight.abs()
+        tiny = torch.finfo(magnitude.dtype).tiny
+        column = magnitude.sum(dim=0, keepdim=True).clamp_min(tiny)
+        row = magnitude.sum(dim=1, keepdim=True).clamp_min(tiny)
+        return magnitude * (1 / column + 1 / row) * _input_norms(problem) ** self.power
+
+
+def _input_norms(problem: MaskProblem) -> Tensor:
+    """``||X_j|| / sqrt(tokens)``, ``[d]``, in the weight's dtype."""
+    return problem.gram.diagonal().sqrt().to(problem.weight.dtype)

@@ -1,0 +1,178 @@
+"""What every solver is: options, abilities, and one way to be called."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .errors import InvalidInput
+from .pattern import Pattern
+from .problem import MaskProblem
+from .solution import MaskSolution, Status, TracePoint
+
+
+class Clock:
+    """Seconds since a search began, and whether its time is up."""
+
+    def __init__(self, time_limit: float | None = None) -> None:
+        if time_limit is not None and not time_limit > 0:
+            raise InvalidInput(f"Time limit {time_limit} s leaves no time; give a positive number.")
+        self._began = time.perf_counter()
+        self._limit = time_limit
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+    @property
+    def expired(self) -> bool:
+        """Whether the limit has passed."""
+        return self._limit is not None and self.seconds >= self._limit
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told: rows finished so far, and the seconds it took."""
+
+    done: int
+    total: int
+    time: float
+
+
+Callback = Callable[[Progress], None]
+
+
+@dataclass
+class Outcome:
+    """What a search hands to `Solver.solve`, which evaluates it."""
+
+    mask: Tensor
+    status: Status
+    bound: Tensor | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+    trace: list[TracePoint] = field(default_factory=list)
+
+
+class Solver(ABC):
+    """A way to choose masks. Subclasses are dataclasses whose fields are the options.
+
+    Class attributes state what the solver can do, so that it can be listed and refused
+    without being run.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    patterns: ClassVar[tuple[type[Pattern], ...]]
+    exact: ClassVar[bool] = False
+    gives_bound: ClassVar[bool] = False
+    needs_start: ClassVar[bool] = False
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def _search(
+        self,
+        problem: MaskProblem,
+        start: Tensor | None,
+        clock: Clock,
+        seed: int,
+        callback: Callback | None,
+    ) -> Outcome:
+        """Choose a mask; `solve` checks, times and evaluates around it."""
+
+    def solve(
+        self,
+        problem: MaskProblem,
+        *,
+        start: Tensor | None = None,
+        time_limit: float | None = None,
+        seed: int = 0,
+        callback: Callback | None = None,
+    ) -> MaskSolution:
+        """Solve, and evaluate the answer in float64. A start is never made worse.
+
+        Parameters
+        ----------
+        problem
+            The rows to solve.
+        start
+            A mask that follows the pattern, bool ``[rows, d]``.
+        time_limit
+            Seconds; None for no limit.
+        seed
+            Of whatever the solver draws at random.
+        callback
+            Told about progress; an exception it raises ends the search.
+
+        Raises
+        ------
+        InvalidInput
+            If the solver cannot handle this pattern, its library is missing, the start does
+            not follow the pattern, or the time limit is not positive.
+        """
+        reason = self.unable(problem.pattern)
+        if reason is not None:
+            raise InvalidInput(reason)
+        if start is not None:
+            start = problem.as_mask(start)
+            violation = problem.pattern.violation(start)
+            if violation is not None:
+                raise InvalidInput(f"The start does not follow the pattern: {violation}.")
+        elif self.needs_start:
+            raise InvalidInput(f"Solver '{self.name}' needs a start: a mask or a solver's name.")
+        clock = Clock(time_limit)
+        outcome = self._search(problem, start, clock, seed, callback)
+        seconds = clock.seconds
+
+        violation = problem.pattern.violation(outcome.mask)
+        if violation is not None:
+            raise AssertionError(f"solver '{self.name}' broke the pattern: {violation}")
+        mask, objective = outcome.mask, problem.objective(outcome.mask)
+        if start is not None:
+            mask, objective = _never_worse(problem, mask, objective, start)
+        return MaskSolution(
+            mask=mask,
+            objective=objective,
+            status=outcome.status,
+            solver=self.name,
+            bound=outcome.bound,
+            stats={"time": seconds, **outcome.stats},
+            trace=tuple(outcome.trace),
+        )
+
+    @classmethod
+    def unable(cls, pattern: Pattern | None = None) -> str | None:
+        """Why this solver cannot run here (or on this pattern), in a sentence; None if it can."""
+        for module in cls.requires:
+            if importlib.util.find_spec(module) is None:
+                return f"Solver '{cls.name}' needs {module}: pip install {module}."
+        if pattern is not None and not isinstance(pattern, cls.patterns):
+            return f"Solver '{cls.name}' cannot do the pattern {pattern}."
+        return None
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Names of the options that `solve` takes as keywords."""
+        return tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
+
+
+def _never_worse(
+    problem: MaskProblem, mask: Tensor, objective: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take the start back wherever the search ended above it."""
+    before = problem.objective(start)
+    if problem.pattern.coupled:
+        if float(objective.sum()) > float(before.sum()):
+            return start.clone(), before
+        return mask, objective
+    worse = objective > before
+    if bool(worse.any()):
+        mask = mask.where(~worse[:, None], start)
+        objective = objective.where(~worse, before)
+    return mask, objective
