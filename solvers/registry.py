@@ -122,6 +122,7 @@ def solve(
     Examples
     --------
     >>> import torch
+    >>> from solvers import MaskProblem, PerRow, solve
     >>> x = torch.randn(8, 200, generator=torch.Generator().manual_seed(0))
     >>> w = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
     >>> problem = MaskProblem(w, x @ x.T / 200, PerRow(sparsity=0.5))

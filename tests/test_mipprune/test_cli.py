@@ -1,0 +1,193 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mipprune
+from mipprune import cli
+from mipprune.cli import main
+from solvers import MaskProblem, PerLayer, PerRow, solve
+
+FAST = ["--samples", "4", "--seqlen", "64"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; its exit code, output and error output."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["mipprune", *map(str, args)])
+        with pytest.raises(SystemExit) as ending:
+            main()
+        printed = capsys.readouterr()
+        return ending.value.code or 0, printed.out, printed.err
+
+    monkeypatch.setattr(cli, "_out", cli.Console(width=200))
+    monkeypatch.setattr(cli, "_err", cli.Console(width=200, stderr=True))
+    return run
+
+
+def test_prune_then_evaluate(run, tmp_path):
+    out = tmp_path / "pruned"
+    code, printed, _ = run("prune", "embedded", "--sparsity", "0.6", "--out", out, *FAST)
+    assert code == 0
+    assert "mlp.down_proj" in printed
+    assert "mask hash" in printed
+    record = json.loads((out / "mipprune.json").read_text())
+    assert record["settings"]["model"] == "embedded"
+    assert record["settings"]["start"] == "wanda"
+    for name, samples in (("a", "4"), ("b", "4")):
+        code, printed, _ = run(
+            "evaluate", out, "--samples", samples, "--seqlen", "64", "--json", tmp_path / name
+        )
+        assert code == 0
+    first, second = (json.loads((tmp_path / name).read_text()) for name in "ab")
+    assert first == second
+    assert f"perplexity {first['perplexity']:.4f}" in printed
+    assert first["predicted_tokens"] == 4 * 63
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        (["--pattern", "2:4"], lambda mask: (mask.reshape(-1, 4).sum(dim=1) == 2).all()),
+        (
+            ["--sparsity", "0.5", "--scope", "layer"],
+            lambda mask: mask.sum() == mask.numel() // 2 and len(set(mask.sum(dim=1).tolist())) > 1,
+        ),
+    ],
+)
+def test_patterns(run, tmp_path, arguments, counts):
+    out = tmp_path / "out"
+    assert run("prune", "embedded", *arguments, "--out", out, "-O", "max_passes=3", *FAST)[0] == 0
+    assert all(counts(mask) for mask in mipprune.load_masks(out).values())
+    record = json.loads((out / "mipprune.json").read_text())
+    assert record["settings"]["solver_options"] == {"max_passes": 3}
+
+
+def test_problem_writes_a_layer(run, tmp_path):
+    out = tmp_path / "layer.safetensors"
+    layer = "model.layers.2.mlp.down_proj"
+    code, printed, _ = run("problem", "embedded", layer, "--out", out, *FAST)
+    assert code == 0
+    assert "256 rows, 704 inputs" in printed
+    problem = MaskProblem.load(out, PerRow(sparsity=0.6))
+    start = solve(problem, "wanda").objective.sum()
+    assert float(solve(problem, "swap").objective.sum()) < 0.7 * float(start)
+
+
+def test_demo_writes_table_json_and_picture(run, tmp_path):
+    code, printed, _ = run("demo", "--out", tmp_path, "--samples", "2")
+    assert code == 0
+    assert "wanda + swap" in printed
+    record = json.loads((tmp_path / "demo.json").read_text())
+    assert [row["method"] for row in record["rows"][1:]] == [
+        "magnitude", "wanda", "ria", "wanda + swap",
+    ] * 2  # fmt: skip
+    assert record["rows"][0]["pattern"] == "dense"
+    assert all(row["perplexity"] > 1 for row in record["rows"])
+    assert record["rows"][4]["relative_loss"] < 1 == record["rows"][2]["relative_loss"]
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.png"]
+
+
+def test_solvers_are_listed(run):
+    code, printed, _ = run("solvers")
+    assert code == 0
+    assert "swap" in printed
+    assert "PerRow" in printed or "CellPattern" in printed
+
+
+PRUNE = ["prune", "embedded", "--out", "OUT"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*PRUNE], "either --sparsity"),
+        ([*PRUNE, "--sparsity", "0.5", "--pattern", "2:4"], "either --sparsity"),
+        ([*PRUNE, "--sparsity", "1.0"], "outside (0, 1)"),
+        ([*PRUNE, "--sparsity", "0"], "outside (0, 1)"),
+        ([*PRUNE, "--pattern", "4:4"], "kept number must be in 1..3"),
+        ([*PRUNE, "--pattern", "1:5"], "divisible by 5"),
+        ([*PRUNE, "--pattern", "2:4", "--scope", "layer"], "has no scope"),
+        ([*PRUNE, "--sparsity", "0.5", "--scope", "world"], "neither row nor layer"),
+        ([*PRUNE, "--sparsity", "0.5", "--solver", "magic"], "no solver 'magic'"),
+        ([*PRUNE, "--sparsity", "0.5", "--start", "magic"], "no solver 'magic'"),
+        ([*PRUNE, "--sparsity", "0.5", "-O", "magic=1"], "no option 'magic'"),
+        ([*PRUNE, "--sparsity", "0.5", "-O", "magic"], "not of the form name=value"),
+        ([*PRUNE, "--sparsity", "0.5", "-O", "candidates=0"], "at least 1"),
+        ([*PRUNE, "--sparsity", "0.5", "--grams", "both"], "'pruned' or 'dense'"),
+        ([*PRUNE, "--sparsity", "0.5", "--blocks", "magic"], "no list of blocks named"),
+        ([*PRUNE, "--sparsity", "0.5", "--device", "abacus"], "Device 'abacus' is unknown"),
+        ([*PRUNE, "--sparsity", "0.5", "--calibration", "no.txt"], "no text file at no.txt"),
+        ([*PRUNE, "--sparsity", "0.5", "--calibration", "SHORT"], "less than one window"),
+        ([*PRUNE, "--sparsity", "0.5", "--calibration", "EMPTY"], "is empty"),
+        ([*PRUNE, "--sparsity", "0.5", "--samples", "0"], "nothing to predict"),
+        (["prune", "./no-model", "--out", "OUT", "--sparsity", "0.5"], "no model folder"),
+        (["prune", "VIT", "--out", "OUT", "--sparsity", "0.5"], "no causal language model"),
+        (["prune", "embedded", "--out", ".", "--sparsity", "0.5"], "exists already"),
+        (["evaluate", "./no-model"], "no model folder"),
+        (["evaluate", "embedded", "--text", "no.txt"], "no text file"),
+        (["problem", "embedded", "magic", "--out", "OUT"], "no prunable layer 'magic'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_two(run, tmp_path, arguments, message):
+    files = tmp_path / "files"
+    (files / "vit").mkdir(parents=True)
+    (files / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    (files / "short.txt").write_text("short")
+    (files / "empty.txt").write_text("")
+    names = {
+        "OUT": tmp_path / "out",
+        "SHORT": files / "short.txt",
+        "EMPTY": files / "empty.txt",
+        "VIT": files / "vit",
+    }
+    code, printed, errors = run(*(names.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert message in errors
+    assert errors.count("Error:") == 1
+    assert "Traceback" not in errors
+    assert "Written" not in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files"]
+
+
+def test_a_model_with_nan_weights_is_refused(run, tmp_path, embedded):
+    with torch.no_grad():
+        embedded.model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    embedded.model.save_pretrained(tmp_path / "nan")
+    embedded.tokenizer.save_pretrained(tmp_path / "nan")
+    code, _, errors = run(
+        "prune", tmp_path / "nan", "--out", tmp_path / "out", "--sparsity", "0.5", *FAST
+    )
+    assert code == 2
+    assert "model.layers.1.mlp.up_proj has NaN or infinite weights" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_package_named_solvers_is_named(tmp_path):
+    (tmp_path / "solvers.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", "import mipprune"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert str(tmp_path / "solvers.py") in done.stderr
+    assert "rename that file" in done.stderr
+
+
+def test_importing_is_light():
+    heavy = ["transformers", "datasets", "numba", "matplotlib", "pyarrow"]
+    code = (
+        "import sys, solvers, mipprune, mipprune.cli; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_pattern_parsing():
+    assert cli.parse_pattern(0.5, None, "layer") == PerLayer(sparsity=0.5)
+    assert cli.parse_options(["a=1", "b=x", "c=true"]) == {"a": 1, "b": "x", "c": True}

@@ -1,0 +1,156 @@
+"""What every solver owes, on every pattern that it claims."""
+
+import pytest
+import torch
+from helpers import KINDS, make_problem, optimum, problems, random_mask
+from hypothesis import given
+
+from solvers import (
+    NM,
+    CellPattern,
+    InvalidInput,
+    MaskProblem,
+    Outcome,
+    PerLayer,
+    PerRow,
+    Solver,
+    Status,
+    available,
+    solve,
+)
+
+SOLVERS = [info.name for info in available() if info.unavailable is None]
+PATTERNS = [PerRow(sparsity=0.6), NM(keep=2, group=4), PerLayer(sparsity=0.6), PerRow(keep=1)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@given(problem=problems(max_rows=3, max_inputs=9))
+def test_answers_are_allowed_and_honest(solver, problem):
+    start = random_mask(problem)
+    solution = solve(problem, solver, start=start)
+    assert problem.pattern.violation(solution.mask) is None
+    assert torch.equal(solution.objective, problem.objective(solution.mask))
+    before = problem.objective(start)
+    if problem.pattern.coupled:
+        assert float(solution.objective.sum()) <= float(before.sum())
+    else:
+        assert bool((solution.objective <= before).all())
+    if solution.bound is not None:
+        assert bool((solution.bound <= solution.objective + 1e-9 * solution.objective.abs()).all())
+    assert solution.status in Status
+    assert solution.status.message.endswith(".")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@given(problem=problems(max_rows=2, max_inputs=6))
+def test_nothing_beats_the_enumerated_optimum(solver, problem):
+    least = optimum(problem)
+    size = float(problem.objective(torch.zeros(problem.shape, dtype=torch.bool)).abs().sum())
+    solution = solve(problem, solver)
+    assert float(solution.objective.sum()) >= least - 1e-9 * size
+    if solution.bound is not None:
+        assert float(solution.bound.sum()) <= least + 1e-9 * size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_same_seed_gives_the_same_mask(solver, pattern, kind):
+    problem = make_problem(5, 16, pattern, kind, seed=3)
+    first, second = (solve(problem, solver, seed=7) for _ in range(2))
+    assert torch.equal(first.mask, second.mask)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_scale_of_the_loss_does_not_matter(solver, pattern):
+    problem = make_problem(4, 16, pattern, seed=5)
+    masks = [
+        solve(
+            MaskProblem(problem.weight * 2.0**scale, problem.gram * 2.0**scale, pattern), solver
+        ).mask
+        for scale in (-13, 0, 13)  # losses times 2^-39 .. 2^39
+    ]
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[2], masks[1])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_progress_and_trace_never_rise(solver):
+    problem = make_problem(40, 32, PerRow(sparsity=0.5))
+    told = []
+    solution = solve(problem, solver, callback=told.append)
+    values = [point.objective for point in solution.trace]
+    assert values == sorted(values, reverse=True)
+    times = [point.time for point in solution.trace]
+    assert times == sorted(times)
+    assert all(progress.done <= progress.total == 40 for progress in told)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_start_with_wrong_counts_is_refused(solver):
+    problem = make_problem(2, 8, PerRow(sparsity=0.5))
+    start = random_mask(problem)
+    start[1, :] = True
+    with pytest.raises(InvalidInput, match="does not follow the pattern: row 1 keeps 8"):
+        solve(problem, solver, start=start)
+    with pytest.raises(InvalidInput, match="boolean"):
+        solve(problem, solver, start=start.float())
+    with pytest.raises(InvalidInput, match="shape"):
+        solve(problem, solver, start=start[:1])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_wrong_names_options_and_limits_are_refused(solver):
+    problem = make_problem(2, 8, PerRow(sparsity=0.5))
+    with pytest.raises(InvalidInput, match="no solver 'nonsense'; the solvers are magnitude"):
+        solve(problem, "nonsense")
+    with pytest.raises(InvalidInput, match="no solver 'nonsense'"):
+        solve(problem, solver, start="nonsense")
+    with pytest.raises(InvalidInput, match=f"'{solver}' has no option 'nonsense'"):
+        solve(problem, solver, nonsense=1)
+    with pytest.raises(InvalidInput, match="leaves no time"):
+        solve(problem, solver, time_limit=0)
+
+
+def test_available_states_abilities():
+    infos = {info.name: info for info in available()}
+    assert {"magnitude", "wanda", "ria", "swap"} <= infos.keys()
+    assert infos["swap"].needs_start
+    assert "candidates" in infos["swap"].options
+    assert infos["wanda"].unavailable is None
+
+
+class _Worse(Solver):
+    """Answers with the mask of the smallest weights."""
+
+    name, summary, patterns = "worse", "for tests", (CellPattern,)
+
+    def _search(self, problem, start, clock, seed, callback):
+        return Outcome(problem.pattern.round(-problem.weight.abs()), Status.FEASIBLE)
+
+
+class _Unable(_Worse):
+    name, patterns, requires = "unable", (NM,), ("no_such_module",)
+
+
+class _OnlyNM(_Worse):
+    name, patterns = "only", (NM,)
+
+
+@pytest.mark.parametrize("pattern", [PerRow(sparsity=0.5), PerLayer(sparsity=0.5)], ids=str)
+def test_a_worse_answer_is_replaced_by_the_start(pattern):
+    problem = make_problem(6, 8, pattern)
+    start = solve(problem, "wanda")
+    assert float(_Worse().solve(problem).objective.sum()) > float(start.objective.sum())
+    solution = _Worse().solve(problem, start=start.mask)
+    assert float(solution.objective.sum()) <= float(start.objective.sum())
+    assert torch.equal(solution.objective, problem.objective(solution.mask))
+
+
+def test_what_a_solver_cannot_do_is_said():
+    problem = make_problem(2, 8, PerRow(sparsity=0.5))
+    with pytest.raises(InvalidInput, match="needs no_such_module: pip install no_such_module"):
+        _Unable().solve(problem)
+    with pytest.raises(InvalidInput, match=r"cannot do the pattern 0\.5 sparsity per row"):
+        _OnlyNM().solve(problem)
