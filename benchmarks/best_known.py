@@ -1,4 +1,4 @@
-"""How close do swaps from Wanda come to the best masks known?
+"""Measure how close swaps from Wanda come to the best masks known.
 
 For the rows in ``best_known.json`` (60 % per row): our loss against the recorded loss of plain
 best-swap search from Wanda, and against the best mask ever found.
@@ -9,10 +9,35 @@ best-swap search from Wanda, and against the best mask ever found.
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 from common import parser, write
+from matplotlib.figure import Figure
 
 from solvers import MaskProblem, PerRow, solve
+from solvers.files import replaced_on_success
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Losses of all layers, relative to Wanda."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    bars = {
+        "recorded swaps": [e["of_wanda"] / e["of_recorded_swaps"] for e in record.values()],
+        "swap": [e["of_wanda"] for e in record.values()],
+        "best known": [e["of_wanda"] / e["of_best_known"] for e in record.values()],
+    }
+    for i, (name, values) in enumerate(bars.items()):
+        at = [layer + 0.27 * (i - 1) for layer in range(len(values))]
+        axes.bar_label(axes.bar(at, values, 0.25, label=name), fmt="%.3f", fontsize=8)
+    axes.set_xticks(range(len(record)), [name.removeprefix("minilm_") for name in record])
+    axes.set_ylabel("summed loss / wanda")
+    axes.set_ylim(0, 0.65)
+    axes.legend(ncols=3, fontsize=8)
+    with replaced_on_success(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    print(f"Written: {path}")
 
 
 def main() -> None:
@@ -39,6 +64,7 @@ def main() -> None:
             f"{record[name]['of_best_known']:.4f} of the best known"
         )
     write(arguments.out, "best_known", {"layers": record})
+    plot(record, arguments.out / "best_known.png")
 
 
 if __name__ == "__main__":

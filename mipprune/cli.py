@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from solvers import NM, InvalidInput, Pattern, PerLayer, PerRow
 
@@ -67,7 +68,7 @@ def demo(
                 f"{row.pattern}: {row.method} lowers the summed layer loss "
                 f"by {row.loss_reduction:.1%} against its start."
             )
-    _out.print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}", soft_wrap=True)
+    _out.print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -137,6 +138,7 @@ def prune(
         f"Written: {out}",
         sep="\n",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -171,6 +173,7 @@ def evaluate(
         f"perplexity {result.perplexity:.4f} over {result.predicted_tokens:,} tokens "
         f"({len(windows.tokens)} windows of {length}, {source})",
         soft_wrap=True,
+        markup=False,
     )
     if json_file is not None:
         record = {
@@ -218,17 +221,22 @@ def problem(
     )
     found.save(out)
     rows, inputs = found.shape
-    _out.print(f"{layer}: {rows} rows, {inputs} inputs. Written: {out}", soft_wrap=True)
+    _out.print(
+        f"{layer}: {rows} rows, {inputs} inputs. Written: {out}", soft_wrap=True, markup=False
+    )
 
 
 @app.command()
 def solvers() -> None:
     """List the solvers, what they can do, and why one cannot run here."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from solvers import available
 
-    table = Table("solver", "what it does", "patterns", "exact", "bound", "options", "here")
+    table = Table(
+        "solver", "what it does", "patterns", "exact", "bound", "options", "here", box=SIMPLE_HEAD
+    )
     for info in available():
         table.add_row(
             info.name,
@@ -286,7 +294,7 @@ def _quiet_transformers() -> None:
 
 def _print_warnings(report: PruneReport) -> None:
     for warning in report.warnings:
-        _err.print(f"[yellow]Note:[/] {warning}", soft_wrap=True)
+        _err.print(f"[yellow]Note:[/] {escape(warning)}", soft_wrap=True)
     dead = [layer for layer in report.layers if layer.dead_inputs]
     if dead:
         inputs = sum(layer.dead_inputs for layer in dead)
@@ -304,7 +312,6 @@ def _progress(runs: int = 1) -> Iterator[Any]:
         BarColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
@@ -312,10 +319,9 @@ def _progress(runs: int = 1) -> Iterator[Any]:
 
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=10),
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=_err,
@@ -324,8 +330,8 @@ def _progress(runs: int = 1) -> Iterator[Any]:
 
     class BarObserver(Observer):
         def __init__(self, title: str) -> None:
-            self._title, self._loss, self._reference = title, 0.0, 0.0
-            self._blocks = 0
+            self._loss, self._reference, self._blocks = 0.0, 0.0, 0
+            bar.console.print(title, markup=False)
 
         def begin(self, blocks: int, weights: int) -> None:
             self._blocks = blocks
@@ -333,16 +339,16 @@ def _progress(runs: int = 1) -> Iterator[Any]:
                 bar.update(task, total=runs * weights)
 
         def phase(self, text: str) -> None:
-            bar.update(task, description=f"{self._title}: {text}")
+            bar.update(task, description=text)
 
         def layer(self, block: int, result: LayerResult) -> None:
             self._loss += result.loss
             self._reference += result.loss_reference
-            share = f"loss/wanda {self._loss / self._reference:.3f}" if self._reference else ""
+            share = f"{self._loss / self._reference:.3f} of wanda" if self._reference else ""
             bar.update(
                 task,
                 advance=result.rows * result.inputs,
-                loss=f"block {block + 1}/{self._blocks} {share}",
+                loss=f"block {block + 1}/{self._blocks}, loss {share}",
             )
 
     def observe(title: str) -> Observer:
@@ -357,5 +363,5 @@ def main() -> None:
     try:
         app()
     except InvalidInput as error:
-        _err.print(f"[red]Error:[/] {error}", soft_wrap=True, highlight=False)
+        _err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)

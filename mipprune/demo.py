@@ -20,7 +20,7 @@ from .prune import Observer, environment, prune
 from .report import demo_plot
 
 WINDOW = 256
-"""Tokens per window, the length that the embedded model was trained on."""
+"""Tokens per window: what the embedded model was trained on."""
 
 PATTERNS: dict[str, Pattern] = {"60 % per row": PerRow(sparsity=0.6), "2:4": NM(keep=2, group=4)}
 METHODS: dict[str, tuple[str, str | None]] = {

@@ -272,10 +272,10 @@ def prune(
             f"not {samples}."
         )
     for index in range(len(walk)):
-        observer.phase(f"block {index}: Gram matrices")
+        observer.phase(f"{index}: Gram matrices")
         step = walk.visit(index)
         for layer in step.layers:
-            observer.phase(layer.name)
+            observer.phase(layer.name.removeprefix(f"{blocks_name}."))
             result, mask = _prune_layer(
                 layer, step.grams.gram(layer), pattern, solver, start, seed, solver_options or {}
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from solvers.files import replaced_on_success
@@ -22,9 +23,10 @@ def layer_table(report: PruneReport) -> Table:
     for layer in report.layers:
         kind = layer.name.removeprefix(blocks).partition(".")[2]
         kinds.setdefault(kind, []).append(layer)
-    table = Table(title=f"Layer loss, {len(report.layers)} layers in {report.seconds:.1f} s")
-    table.add_column("layer")
-    for column in ("layers", "sparsity", "loss", "of start", "of wanda", "of output", "seconds"):
+    title = f"Loss of {len(report.layers)} layers by kind, in {report.seconds:.1f} s"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
+    for column in ("sparsity", "loss", "/ start", "/ wanda", "/ output", "s"):
         table.add_column(column, justify="right")
     for kind, layers in kinds.items():
         table.add_row(kind, *_sums(layers))
@@ -40,7 +42,6 @@ def _sums(layers: Sequence[LayerResult]) -> list[str]:
     removed = sum(layer.sparsity * size for layer, size in zip(layers, sizes, strict=True))
     errors = [layer.relative_error for layer in layers]
     return [
-        str(len(layers)),
         f"{removed / sum(sizes):.1%}",
         f"{loss:.4g}",
         _ratio(loss, sum(starts)) if len(starts) == len(layers) else "–",
@@ -56,7 +57,7 @@ def _ratio(loss: float, reference: float) -> str:
 
 def demo_table(rows: Sequence[DemoRow]) -> Table:
     """One line per method and pattern, the dense model first."""
-    table = Table(title="The embedded GPT, pruned")
+    table = Table(title="The embedded GPT, pruned", box=SIMPLE_HEAD)
     table.add_column("pattern")
     table.add_column("masks")
     for column in ("layer loss / wanda", "perplexity", "seconds"):

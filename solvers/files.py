@@ -18,7 +18,18 @@ def replaced_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _beside(target) as holder:
         temporary = holder / target.name
         yield temporary
+        _give_usual_permissions(temporary)
         os.replace(temporary, target)
+
+
+def _give_usual_permissions(path: Path) -> None:
+    """Files as the user's umask wants them; some writers leave them readable by nobody else."""
+    mask = os.umask(0)
+    os.umask(mask)
+    files = path.rglob("*") if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 @contextmanager

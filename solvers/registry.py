@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .errors import InvalidInput
+from .pattern import NM, PerLayer, PerRow
 from .problem import ArrayLike, MaskProblem
 from .solution import MaskSolution
 from .solver import Callback, Solver
@@ -41,7 +42,9 @@ def available() -> tuple[SolverInfo, ...]:
         SolverInfo(
             name=s.name,
             summary=s.summary,
-            patterns=tuple(p.__name__ for p in s.patterns),
+            patterns=tuple(
+                kind.__name__ for kind in (PerRow, NM, PerLayer) if issubclass(kind, s.patterns)
+            ),
             exact=s.exact,
             gives_bound=s.gives_bound,
             needs_start=s.needs_start,

@@ -1,7 +1,8 @@
 """What travels with the package: a small trained GPT, and text to calibrate and evaluate it on.
 
 The model (`man-llama-5m`: Llama architecture, 4.95 M parameters, 6 blocks, width 256) was
-trained from scratch on manual pages. The text is Python's own documentation, read from the
+trained from scratch on manual pages, in windows of 256 tokens, beyond which it fails; its
+configuration says so. The text is Python's own documentation, read from the
 running interpreter: the manual's topics (`pydoc_data.topics`) and the docstrings of the
 standard library. It therefore differs a little between Python versions.
 """

@@ -220,7 +220,7 @@ class _Run:
         size = self._loss.abs()
         inside = torch.where(self._best_left == 0, 0.0, self._best_left / size)
         across = left_across / float(size.sum()) if left_across else 0.0
-        return float(torch.minimum(inside.min(), torch.tensor(across)))
+        return float(torch.tensor([float(inside.min()), across], dtype=torch.float64).min())
 
     def _status(self, left: float) -> Status:
         if not math.isnan(left):

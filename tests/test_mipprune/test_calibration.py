@@ -126,5 +126,5 @@ def test_texts_that_cannot_be_had_are_refused(tmp_path, tokenizer):
 
 
 def test_window_length_is_limited_by_the_positions(embedded):
-    assert window_length(embedded.model.config, 2048) == 512
+    assert window_length(embedded.model.config, 2048) == 256
     assert window_length(embedded.model.config, 100) == 100

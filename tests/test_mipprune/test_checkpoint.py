@@ -40,6 +40,7 @@ def test_a_saved_model_is_the_pruned_one(tmp_path, embedded):
     assert len(record["layers"]) == 42
     assert record["layers"][0]["loss"] < record["layers"][0]["loss_start"]
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
 
 def test_gpt2_masks_are_outputs_by_inputs(tmp_path):

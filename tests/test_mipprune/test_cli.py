@@ -97,7 +97,7 @@ def test_solvers_are_listed(run):
     code, printed, _ = run("solvers")
     assert code == 0
     assert "swap" in printed
-    assert "PerRow" in printed or "CellPattern" in printed
+    assert "PerRow, NM, PerLayer" in printed
 
 
 PRUNE = ["prune", "embedded", "--out", "OUT"]
