@@ -5,7 +5,7 @@ lists the solvers. This package knows rows, Gram matrices and patterns, and no t
 """
 
 from .errors import InvalidInput
-from .pattern import NM, CellPattern, Neighbourhood, Pattern, PerLayer, PerRow
+from .pattern import NM, CellPattern, Constraints, Neighbourhood, Pattern, PerLayer, PerRow
 from .problem import MaskProblem
 from .registry import SolverInfo, available, get_solver, register, solve
 from .saliency import RIA, Magnitude, Wanda
@@ -20,6 +20,7 @@ __all__ = [
     "NM",
     "RIA",
     "CellPattern",
+    "Constraints",
     "InvalidInput",
     "Magnitude",
     "MaskProblem",

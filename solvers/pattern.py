@@ -12,7 +12,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from .errors import InvalidInput
@@ -35,6 +38,23 @@ class Neighbourhood:
 
     width: int
     across_rows: bool
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """``lower <= matrix @ mask.flatten() <= upper``, rows of the mask after one another.
+
+    Attributes
+    ----------
+    matrix
+        Sparse, ``[constraints, rows * d]``.
+    lower, upper
+        Float64 ``[constraints]``; infinite where there is no bound.
+    """
+
+    matrix: csr_array
+    lower: npt.NDArray[np.float64]
+    upper: npt.NDArray[np.float64]
 
 
 class Pattern(ABC):
@@ -80,6 +100,10 @@ class Pattern(ABC):
     @abstractmethod
     def neighbourhood(self, shape: Shape) -> Neighbourhood | None:
         """Pairs that a swap may exchange; None if swaps do not preserve the pattern."""
+
+    @abstractmethod
+    def constraints(self, shape: Shape) -> Constraints:
+        """The pattern as linear constraints on binaries, for solvers that want them spelled out."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +155,15 @@ class CellPattern(Pattern):
     def cells(self, values: Tensor) -> Tensor:
         """View ``[rows, d]`` as ``[cells, cell size]``."""
         return values.reshape(-1, self.cell_size(_shape(values)))
+
+    def constraints(self, shape: Shape) -> Constraints:
+        rows, d = shape
+        index = self.cells(torch.arange(rows * d).view(rows, d)).numpy()
+        cells, size = index.shape
+        starts = np.arange(0, rows * d + 1, size)
+        matrix = csr_array((np.ones(rows * d), index.ravel(), starts), shape=(cells, rows * d))
+        kept = np.full(cells, float(self.kept_per_cell(shape)))
+        return Constraints(matrix, kept, kept)
 
     def violation(self, mask: Tensor) -> str | None:
         shape = _shape(mask)

@@ -74,7 +74,8 @@ class DenseKernel:
         is_outer = keep == outer_kept
         inner = flip.masked_fill(is_outer, math.inf)
 
-        best = self._best_values(rows.weight.to(dtype), inner.to(dtype)) + flip.to(dtype)
+        weight = rows.weight.to(dtype)
+        best = self._best_values(weight, inner.to(dtype)) + flip.to(dtype)
         best.masked_fill_(~is_outer, math.inf)
         count = min(self._candidates, best.shape[1])
         order = best.argsort(dim=1, stable=True)[:, :count]
@@ -86,7 +87,7 @@ class DenseKernel:
             live = promised[:, k] < threshold
             if not bool(live.any()):
                 break
-            i, value = self._partner(rows.weight.to(dtype), inner.to(dtype), o)
+            i, value = self._partner(weight, inner.to(dtype), o)
             u, p = torch.where(outer_kept[:, 0], o, i), torch.where(outer_kept[:, 0], i, o)
             w_u, w_p = rows.weight[each, u], rows.weight[each, p]
             diagonal = rows.gram.diagonal()

@@ -173,7 +173,7 @@ class _Run:
                 while waiting and len(running) < 2 * self._kernel.parallel_calls:
                     rows = waiting.popleft()
                     block = self._mask[rows]
-                    passes = min(int(self._budget[rows].max()), _PASSES_PER_CALL)
+                    passes = min(int(self._budget[rows].min()), _PASSES_PER_CALL)
                     running[pool.submit(self._kernel.improve, rows, block, passes)] = rows, block
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     unfinished = self._record(future.result(), *running.pop(future))

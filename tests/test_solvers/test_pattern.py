@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from helpers import patterns
@@ -62,6 +63,16 @@ def test_rounding_is_the_nearest_mask_even_with_ties(case):
         (relaxed - mask.double()).square().sum() for mask in masks_of(pattern, relaxed.shape)
     )
     assert torch.isclose((relaxed - rounded.double()).square().sum(), nearest)
+
+
+@given(shaped())
+def test_constraints_hold_for_the_masks_of_the_pattern_and_no_other(case):
+    pattern, direction, _ = case
+    spelled = pattern.constraints(direction.shape)
+    for bits in itertools.product([0.0, 1.0], repeat=direction.numel()):
+        values = spelled.matrix @ np.array(bits)
+        inside = ((spelled.lower <= values) & (values <= spelled.upper)).all()
+        assert inside == pattern.is_feasible(torch.tensor(bits).bool().view(direction.shape))
 
 
 @pytest.mark.parametrize(
