@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,6 +228,82 @@ def problem(
 
 
 @app.command()
+def compare(
+    file: Annotated[
+        Path, typer.Argument(help="As `mipprune problem` writes it.", show_default=False)
+    ],
+    solvers: Annotated[str, typer.Option(help="Names, separated by commas.", show_default=False)],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of weights removed, in (0, 1).")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="keep:group, such as 2:4 (keeps 2 of every 4).")
+    ] = None,
+    scope: Annotated[str, typer.Option(help="Sparsity per row or per layer.")] = "row",
+    rows: Annotated[int | None, typer.Option(help="The first so many; default: all.")] = None,
+    inputs: Annotated[int | None, typer.Option(help="The first so many; default: all.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Solver whose mask all searches start from; default: each one's own."),
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds per solver, for all rows together.")
+    ] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of the solvers.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here too.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw losses, bounds and profile here, as PNG.")
+    ] = None,
+) -> None:
+    """Run several solvers on one problem file: losses, bounds, and every mask's gap."""
+    from solvers import MaskProblem, get_solver
+
+    from .checkpoint import write_json
+    from .compare import compare as run
+    from .compare import part
+    from .report import compare_plot, compare_table
+
+    names = [name.strip() for name in solvers.split(",") if name.strip()]
+    for name in names:
+        get_solver(name)
+    for path in (json_file, plot):
+        if path is not None:
+            _check_writable(path)
+    chosen = parse_pattern(sparsity, pattern, scope)
+    whole = MaskProblem.load(file, PerLayer(sparsity=0.5))
+    found = part(whole, chosen, rows, inputs)
+    with _err.status("") as status:
+        comparison = run(
+            found,
+            names,
+            start=start,
+            time_limit=time_limit,
+            seed=seed,
+            observer=lambda name, progress: status.update(
+                f"{name}: {progress.done} of {progress.total} rows, {progress.time:.0f} s"
+            ),
+        )
+    _out.print(compare_table(comparison))
+    for reason in comparison.refused.values():
+        _err.print(f"[yellow]Not run:[/] {escape(reason)}", soft_wrap=True)
+    for name, count in comparison.refuted.items():
+        _err.print(
+            f"[yellow]Note:[/] Bounds of {name} lie above the loss of a mask "
+            f"({count} of {len(comparison.best_loss)}); they are wrong and were not used.",
+            soft_wrap=True,
+        )
+    if json_file is not None:
+        write_json(json_file, {"file": str(file), **comparison.to_dict()})
+    if plot is not None:
+        compare_plot(comparison, plot)
+    written = [str(path) for path in (json_file, plot) if path is not None]
+    if written:
+        _out.print(f"Written: {', '.join(written)}", soft_wrap=True, markup=False)
+
+
+@app.command()
 def solvers() -> None:
     """List the solvers, what they can do, and why one cannot run here."""
     from rich.box import SIMPLE_HEAD
@@ -275,6 +352,13 @@ def parse_options(options: list[str]) -> dict[str, Any]:
         except ValueError:
             parsed[name] = value
     return parsed
+
+
+def _check_writable(file: Path) -> None:
+    """Refuse a file that could not be written, before hours are spent on its content."""
+    above = next((parent for parent in file.absolute().parents if parent.exists()), file)
+    if file.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise InvalidInput(f"{file} cannot be written; choose another file.")
 
 
 def _load(model: str, device: str, dtype: str) -> Any:

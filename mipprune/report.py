@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from solvers import TracePoint
 from solvers.files import replaced_on_success
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .compare import Comparison
     from .demo import DemoRow
     from .prune import LayerResult, PruneReport
 
@@ -108,3 +113,149 @@ def demo_plot(rows: Sequence[DemoRow], path: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     with replaced_on_success(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+_INSTANT = 1e-3
+"""Seconds at the left edge of a logarithmic time axis; what is faster is drawn there."""
+
+_EXCESS_TICKS = {0.0: "0", 0.001: "0.1 %", 0.01: "1 %", 0.1: "10 %", 1.0: "100 %"}
+"""Ticks of a performance profile, whose axis is linear up to the first and logarithmic above."""
+
+
+def compare_table(comparison: Comparison) -> Table:
+    """One line per solver, then the best of all; gaps are to the best bound of any solver."""
+    settings = comparison.settings
+    title = f"{settings['rows']} rows, {settings['inputs']} inputs, {comparison.pattern}"
+    if settings["time_limit"] is not None:
+        title += f", at most {settings['time_limit']:g} s per solver"
+    table = Table(title=title, caption=_bound_caption(comparison), box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("solver", no_wrap=True)
+    for column in ("loss", "/ best", "own\nbound", "mean\ngap", "worst\ngap"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("status")
+    table.add_column("s", justify="right", no_wrap=True)
+    best = float(comparison.best_loss.sum())
+    for name, solution in comparison.solutions.items():
+        loss = float(comparison.loss(name).sum())
+        table.add_row(
+            name,
+            f"{loss:.4g}",
+            _ratio(loss, best),
+            *_bound_and_gaps(comparison.bound(name), comparison.gap(name)),
+            solution.status.name.lower().replace("_", " "),
+            f"{solution.stats['time']:.2f}",
+        )
+    for name in comparison.refused:
+        table.add_row(name, *["–"] * 5, "not run", "–")
+    table.add_section()
+    bound_and_gaps = _bound_and_gaps(comparison.best_bound, comparison.best_gap)
+    table.add_row("best of all", f"{best:.4g}", _ratio(best, best), *bound_and_gaps, "", "")
+    return table
+
+
+def _bound_caption(comparison: Comparison) -> str:
+    if not bool(comparison.best_bound.isfinite().any()):
+        return "No gaps: none of the solvers gave a bound."
+    if comparison.pattern.coupled:
+        return "Gap: of the rows' sum to the best bound of any solver."
+    rows, bounded = len(comparison.best_bound), int(comparison.best_bound.isfinite().sum())
+    which = "" if bounded == rows else f", over the {bounded} of {rows} rows that have one"
+    return f"Gaps: per row, to the best bound of any solver{which}."
+
+
+def _bound_and_gaps(bound: Tensor, gap: Tensor) -> list[str]:
+    total = float(bound.sum())
+    known = gap[gap.isfinite()]
+    return [
+        "–" if math.isnan(total) else f"{total:.4g}",
+        _percent(float(known.mean())) if len(known) else "–",
+        _percent(float(known.max())) if len(known) else "–",
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if abs(share) < 0.1 else f"{share:.1%}"
+
+
+def compare_plot(comparison: Comparison, path: str | Path) -> None:
+    """Loss and bound over time, and a performance profile over rows, as a PNG picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    progress, profile = figure.subplots(1, 2)
+    colours = {name: f"C{i}" for i, name in enumerate(comparison.solutions)}
+    _draw_progress(progress, comparison, colours)
+    if len(comparison.best_loss) > 1:
+        _draw_profile(profile, comparison, colours)
+    else:
+        _draw_losses(profile, comparison, colours)
+    for axes in (progress, profile):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=7, fontsize=9, frameon=False)
+    with replaced_on_success(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _draw_progress(axes: Any, comparison: Comparison, colours: dict[str, str]) -> None:
+    """Summed loss (solid) and bound (dashed) over time, relative to the best loss."""
+    best = abs(float(comparison.best_loss.sum())) or 1.0
+    seen = [float(comparison.best_loss.sum()) / best]
+    for name, solution in comparison.solutions.items():
+        loss, bound = float(comparison.loss(name).sum()), float(comparison.bound(name).sum())
+        points = [*solution.trace, TracePoint(solution.stats["time"], loss, bound)]
+        losses = [(max(point.time, _INSTANT), point.objective / best) for point in points]
+        bounds = [
+            (max(point.time, _INSTANT), point.bound / best)
+            for point in points
+            if point.bound is not None and math.isfinite(point.bound)
+        ]
+        for values, line, fill in ((losses, "-", colours[name]), (bounds, "--", "white")):
+            if values:
+                axes.step(
+                    *zip(*values, strict=True), where="post", linestyle=line, color=colours[name]
+                )
+                axes.plot(*values[-1], "o", color=colours[name], markerfacecolor=fill)
+                seen.append(max(values[-1][1], seen[0] - 1.5))  # bad bounds may leave the picture
+    bound = float(comparison.best_bound.sum()) / best
+    if math.isfinite(bound):
+        axes.axhspan(bound, seen[0], color="0.5", alpha=0.15, linewidth=0, label="optimum within")
+    margin = 0.1 * (max(seen) - min(seen)) or 0.01
+    axes.set_ylim(min(seen) - margin, max(seen) + margin)
+    longest = max(solution.stats["time"] for solution in comparison.solutions.values())
+    axes.set_xscale("log")
+    axes.set_xlim(0.7 * _INSTANT, max(1.5 * longest, 100 * _INSTANT))
+    axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("summed loss (solid), bound (dashed) / best loss", fontsize=9)
+
+
+def _draw_profile(axes: Any, comparison: Comparison, colours: dict[str, str]) -> None:
+    """Share of rows that a solver brings within a factor of the best loss found there."""
+    axes.set_xscale("symlog", linthresh=0.001)
+    for name in comparison.solutions:
+        excess = (comparison.ratio(name) - 1).clamp(max=10.0).sort().values.tolist()
+        share = [(i + 1) / len(excess) for i in range(len(excess))]
+        axes.step(
+            [0.0, *excess, 10.0],
+            [0.0, *share, 1.0],
+            where="post",
+            color=colours[name],
+            label=name,
+        )
+    axes.set_xlim(-0.0001, 2.0)
+    axes.set_xticks(list(_EXCESS_TICKS), list(_EXCESS_TICKS.values()))
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("loss above the best loss of the row")
+    axes.set_ylabel("share of rows within", fontsize=9)
+
+
+def _draw_losses(axes: Any, comparison: Comparison, colours: dict[str, str]) -> None:
+    """Losses as bars, where there is nothing to draw a distribution of."""
+    for name in comparison.solutions:
+        bars = axes.barh(name, float(comparison.ratio(name)), 0.6, color=colours[name], label=name)
+        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("loss / best loss")

@@ -1,0 +1,319 @@
+"""Several solvers on the same problem: their masks, their bounds, and each mask's gap.
+
+A bound holds for a row whoever found it. So the gap of every mask is taken to the best bound
+that any of the solvers gave, and a heuristic without a bound of its own still gets one.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from solvers import (
+    InvalidInput,
+    MaskProblem,
+    MaskSolution,
+    Pattern,
+    Progress,
+    Solver,
+    get_solver,
+    solve,
+)
+from solvers.saliency import Saliency
+from solvers.solver import Clock
+
+Observer: TypeAlias = Callable[[str, Progress], None]
+"""Told the name of the solver at work, and its progress."""
+
+_REFUTED = 1e-6
+"""A bound this far above a mask's loss, relatively, is no rounding error but wrong."""
+
+_WARM_UP_SECONDS = 5.0
+_WARM_UP_INPUTS = range(8, 65)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What several solvers made of one problem.
+
+    Numbers come per *unit*, which is what has a budget of its own: a row, or all rows together
+    if they share one (then only the sum of a solver's bounds means anything).
+
+    Attributes
+    ----------
+    settings, environment
+        What was asked for, and of which machine.
+    pattern
+        The problem's.
+    solutions
+        By solver, in the order asked for.
+    refused
+        Why a solver did not run, by solver.
+    """
+
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    pattern: Pattern
+    solutions: dict[str, MaskSolution]
+    refused: dict[str, str]
+
+    def loss(self, solver: str) -> Tensor:
+        """Loss of a solver's mask, float64 ``[units]``."""
+        return self._units(self.solutions[solver].objective)
+
+    def bound(self, solver: str) -> Tensor:
+        """A solver's own bound, float64 ``[units]``; NaN where it has none."""
+        bound = self.solutions[solver].bound
+        if bound is None:
+            return torch.full_like(self.loss(solver), torch.nan)
+        bound = self._units(bound)
+        return bound.where(bound.isfinite(), torch.nan)
+
+    def gap(self, solver: str) -> Tensor:
+        """``(loss - best_bound) / |loss|``, float64 ``[units]``; NaN without any bound."""
+        return _relative(self.loss(solver), self.best_bound)
+
+    def ratio(self, solver: str) -> Tensor:
+        """Loss relative to the best found, 1 being the best, float64 ``[units]``."""
+        best = self.best_loss
+        excess = self.loss(solver) - best
+        return 1 + torch.where(excess == 0, 0.0, excess / best.abs())
+
+    @property
+    def best_loss(self) -> Tensor:
+        """Least loss that any solver found, float64 ``[units]``."""
+        return torch.stack([self.loss(solver) for solver in self.solutions]).amin(dim=0)
+
+    @property
+    def best_bound(self) -> Tensor:
+        """Best bound of any solver that no mask refutes, float64 ``[units]``; NaN without one.
+
+        Never above `best_loss`: what rounding leaves above it is cut off.
+        """
+        best = torch.full_like(self.best_loss, torch.nan)
+        for solver in self.solutions:
+            bound = self.bound(solver).masked_fill(self._refuted(solver), torch.nan)
+            best = torch.fmax(best, bound)
+        return torch.minimum(best, self.best_loss)
+
+    @property
+    def best_gap(self) -> Tensor:
+        """Gap of the best mask of each unit, float64 ``[units]``; NaN without any bound."""
+        return _relative(self.best_loss, self.best_bound)
+
+    @property
+    def refuted(self) -> dict[str, int]:
+        """Solvers whose bound lies above the loss of a mask, and for how many units."""
+        counts = {solver: int(self._refuted(solver).sum()) for solver in self.solutions}
+        return {solver: count for solver, count in counts.items() if count}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready record, without the masks themselves. NaN stands for "no bound"."""
+        return {
+            "format": 1,
+            "settings": self.settings,
+            "environment": self.environment,
+            "gaps_are_per": "layer" if self.pattern.coupled else "row",
+            "best": {
+                "objective": self.best_loss.tolist(),
+                "bound": self.best_bound.tolist(),
+                "gap": self.best_gap.tolist(),
+            },
+            "solvers": {solver: self._solver_to_dict(solver) for solver in self.solutions},
+            "refused": self.refused,
+            "refuted": self.refuted,
+        }
+
+    def _solver_to_dict(self, solver: str) -> dict[str, Any]:
+        solution = self.solutions[solver]
+        own_gap = _relative(self.loss(solver), self.bound(solver))
+        return {
+            "objective": solution.objective.tolist(),
+            "bound": None if solution.bound is None else solution.bound.tolist(),
+            "gap": self.gap(solver).tolist(),
+            "own_gap": None if solution.bound is None else own_gap.tolist(),
+            "status": solution.status.name,
+            "seconds": solution.stats["time"],
+            "stats": solution.stats,
+            "trace": [asdict(point) for point in solution.trace],
+        }
+
+    def _refuted(self, solver: str) -> Tensor:
+        best = self.best_loss
+        return self.bound(solver) - best > _REFUTED * best.abs()
+
+    def _units(self, values: Tensor) -> Tensor:
+        return values.sum().reshape(1) if self.pattern.coupled else values
+
+
+def compare(
+    problem: MaskProblem,
+    solvers: Sequence[str],
+    *,
+    start: str | None = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Run several solvers on one problem, one after another.
+
+    Every solver first solves a tiny problem, so that imports and just-in-time compilation are
+    not part of its time.
+
+    Parameters
+    ----------
+    problem
+        The rows to solve.
+    solvers
+        Names out of `solvers.available`. One that cannot run is recorded with the reason.
+    start
+        Solver whose mask all but the closed-form saliencies start from; it is not part of their
+        time. None leaves the start to each solver.
+    time_limit
+        Seconds per solver, for all rows together; None for no limit.
+    seed
+        Of whatever is drawn at random.
+    observer
+        Told about progress.
+
+    Raises
+    ------
+    InvalidInput
+        If a name is unknown, the time limit is not positive, the start cannot be had, or none of
+        the solvers can run.
+    """
+    if not solvers:
+        raise InvalidInput("There is nothing to compare; name at least one solver.")
+    chosen = {name: get_solver(name) for name in solvers}
+    Clock(time_limit)  # refuses a limit that is not positive before anything is run
+    reasons = {name: solver.unable(problem.pattern) for name, solver in chosen.items()}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    _check_any_left(chosen, refused)
+    mask = None
+    if start is not None:
+        mask = solve(problem, start, time_limit=time_limit, seed=seed).mask
+
+    solutions = {}
+    for name, solver in chosen.items():
+        if name in refused:
+            continue
+        if observer is not None:
+            observer(name, Progress(0, problem.shape[0], 0.0))
+        _warm_up(name, problem)
+        try:
+            solutions[name] = solve(
+                problem,
+                name,
+                start=None if isinstance(solver, Saliency) else mask,
+                time_limit=time_limit,
+                seed=seed,
+                callback=None if observer is None else _told(observer, name),
+            )
+        except InvalidInput as error:
+            refused[name] = str(error)
+    _check_any_left(chosen, refused)
+    return Comparison(
+        settings={
+            "solvers": list(chosen),
+            "pattern": problem.pattern.to_dict(),
+            "rows": problem.shape[0],
+            "inputs": problem.shape[1],
+            "start": start,
+            "time_limit": time_limit,
+            "seed": seed,
+        },
+        environment=_environment(problem, list(chosen.values())),
+        pattern=problem.pattern,
+        solutions=solutions,
+        refused={name: refused[name] for name in chosen if name in refused},
+    )
+
+
+def part(
+    problem: MaskProblem, pattern: Pattern, rows: int | None = None, inputs: int | None = None
+) -> MaskProblem:
+    """The first rows and inputs of a problem, as a problem of its own.
+
+    Parameters
+    ----------
+    problem
+        The whole; its own pattern plays no part.
+    pattern
+        Of the part.
+    rows, inputs
+        How many; None for all.
+
+    Raises
+    ------
+    InvalidInput
+        If there are not as many, or the pattern does not fit them.
+    """
+    sizes = []
+    for name, wanted, there in zip(("rows", "inputs"), (rows, inputs), problem.shape, strict=True):
+        if wanted is not None and not 0 < wanted <= there:
+            raise InvalidInput(f"The problem has {there} {name}; {wanted} cannot be taken of them.")
+        sizes.append(there if wanted is None else wanted)
+    n, d = sizes
+    linear = None if problem.linear is None else problem.linear[:n, :d]
+    return MaskProblem(problem.weight[:n, :d], problem.gram[:d, :d], pattern, linear)
+
+
+def _relative(loss: Tensor, bound: Tensor) -> Tensor:
+    difference = loss - bound
+    return torch.where(difference == 0, 0.0, difference / loss.abs())
+
+
+def _check_any_left(chosen: dict[str, Solver], refused: dict[str, str]) -> None:
+    if len(refused) == len(chosen):
+        raise InvalidInput(" ".join(refused[name] for name in chosen))
+
+
+def _told(observer: Observer, name: str) -> Callable[[Progress], None]:
+    return lambda progress: observer(name, progress)
+
+
+def _warm_up(name: str, problem: MaskProblem) -> None:
+    """Solve a tiny problem of the same kind, if the pattern and the solver allow one."""
+    random = torch.Generator().manual_seed(0)
+    for inputs in _WARM_UP_INPUTS:
+        with suppress(InvalidInput):
+            x = torch.randn(inputs, 4 * inputs, generator=random)
+            tiny = MaskProblem(
+                torch.randn(2, inputs, generator=random).to(problem.weight),
+                (x @ x.T).to(problem.gram),
+                problem.pattern,
+                None if problem.linear is None else torch.zeros(2, inputs),
+            )
+            solve(tiny, name, time_limit=_WARM_UP_SECONDS)
+            return
+
+
+def _environment(problem: MaskProblem, solvers: Sequence[Solver]) -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    packages = ["mipprune", "torch", "numpy", "numba"]
+    packages += [module for solver in solvers for module in solver.requires]
+    return {
+        **{package: _version(package) for package in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(problem.device)
+        if problem.device.type == "cpu"
+        else torch.cuda.get_device_name(problem.device),
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
