@@ -211,16 +211,20 @@ def _draw_progress(axes: Any, comparison: Comparison, colours: dict[str, str]) -
             for point in points
             if point.bound is not None and math.isfinite(point.bound)
         ]
-        for values, line, fill in ((losses, "-", colours[name]), (bounds, "--", "white")):
+        # a ring is wider than a dot, so that both are seen where bound and loss meet
+        for values, line, fill, size in (
+            (losses, "-", colours[name], 6),
+            (bounds, "--", "none", 9),
+        ):
             if values:
-                axes.step(
-                    *zip(*values, strict=True), where="post", linestyle=line, color=colours[name]
-                )
-                axes.plot(*values[-1], "o", color=colours[name], markerfacecolor=fill)
+                ends = {"color": colours[name], "markerfacecolor": fill, "markersize": size}
+                steps = zip(*values, strict=True)
+                axes.step(*steps, where="post", linestyle=line, color=colours[name])
+                axes.plot(*values[-1], "o", **ends)
                 seen.append(max(values[-1][1], seen[0] - 1.5))  # bad bounds may leave the picture
     bound = float(comparison.best_bound.sum()) / best
     if math.isfinite(bound):
-        axes.axhspan(bound, seen[0], color="0.5", alpha=0.15, linewidth=0, label="optimum within")
+        axes.axhspan(bound, seen[0], color="0.5", alpha=0.15, linewidth=1, label="optimum within")
     margin = 0.1 * (max(seen) - min(seen)) or 0.01
     axes.set_ylim(min(seen) - margin, max(seen) + margin)
     longest = max(solution.stats["time"] for solution in comparison.solutions.values())
