@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from solvers.hull import (
     Box,
     Domain,
     Hypersimplex,
+    Knapsack,
     MixedInteger,
     Quadratic,
     ReverseKnapsack,
@@ -50,9 +52,10 @@ def cube_points(n: int) -> np.ndarray:
 def least(f: Quadratic, points: np.ndarray) -> float:
     """Smallest value of a quadratic over ``points`` ``[points, n]``."""
     chunks = np.array_split(points, 1 + len(points) // 50_000)
-    return min(
-        float((((p @ f.matrix) * p).sum(axis=1) / 2 + p @ f.linear).min()) for p in chunks
-    ) + f.constant
+    return (
+        min(float((((p @ f.matrix) * p).sum(axis=1) / 2 + p @ f.linear).min()) for p in chunks)
+        + f.constant
+    )
 
 
 def planted_cube(n: int = 20, seed: int = 0) -> Instance:
@@ -136,9 +139,7 @@ def integer_regression(n: int = 10, m: int = 30, seed: int = 0) -> Instance:
     target = data @ truth
     gram = np.zeros((2 * n, 2 * n))
     gram[:n, :n] = data.T @ data
-    f = Quadratic(
-        gram, np.concatenate([-data.T @ target, np.zeros(n)]), float(target @ target) / 2
-    )
+    f = Quadratic(gram, np.concatenate([-data.T @ target, np.zeros(n)]), float(target @ target) / 2)
     eye = np.eye(n)
     matrix = np.vstack([np.hstack([eye, -5 * eye]), np.repeat([0.0, 1.0], n)])
     domain = MixedInteger(
@@ -210,14 +211,19 @@ def birkhoff(order: int = 3, seed: int = 0) -> Instance:
     return Instance("T13 Birkhoff", f, Birkhoff(order), least(f, points), 1.0)
 
 
-def knapsack_quadratic(n: int = 24, seed: int = 0) -> Instance:
-    """Half a quadratic minus a linear term over binaries in one knapsack; optimum not computed."""
+def knapsack_quadratic(
+    n: int = 24, seed: int = 0, oracle: Literal["highs", "dynamic"] = "dynamic"
+) -> Instance:
+    """Half a quadratic minus a linear term over binaries in a knapsack; optimum not computed."""
     random = np.random.default_rng(seed)
     root = random.normal(size=(n, n))
     weights = random.integers(10, 100, n).astype(float)
+    capacity = int(0.3 * weights.sum())
     f = Quadratic(root.T @ root / n, -random.uniform(1, 3, n))
-    domain = MixedInteger(weights[None], -np.inf, np.floor(0.3 * weights.sum()))
-    return Instance("knapsack", f, domain, np.nan)
+    if oracle == "dynamic":
+        return Instance("knapsack, dynamic programming", f, Knapsack(weights, capacity), np.nan)
+    domain = MixedInteger(weights[None], -np.inf, capacity)
+    return Instance("knapsack, HiGHS", f, domain, np.nan)
 
 
 BUILDERS: tuple[Callable[..., Instance], ...] = (
@@ -250,9 +256,7 @@ def scip(f: Quadratic, domain: Box | MixedInteger, seconds: float = 120.0) -> fl
         for low, up, whole in zip(domain.lower, domain.upper, domain.integer, strict=True)
     ]
     if isinstance(domain, MixedInteger):
-        for low, row, up in zip(
-            domain.least, domain.matrix.toarray(), domain.most, strict=True
-        ):
+        for low, row, up in zip(domain.least, domain.matrix.toarray(), domain.most, strict=True):
             total = quicksum(a * v for a, v in zip(row, x, strict=True) if a)
             if np.isfinite(low):
                 model.addCons(total >= low)

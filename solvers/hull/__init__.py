@@ -16,6 +16,7 @@ from .domain import (
     SumRange,
     UnitSimplex,
 )
+from .knapsack import Knapsack
 from .mixed_integer import MixedInteger
 from .objective import Quadratic
 from .solution import HullProgress, HullSolution
@@ -29,6 +30,7 @@ __all__ = [
     "HullProgress",
     "HullSolution",
     "Hypersimplex",
+    "Knapsack",
     "Lagrangian",
     "MixedInteger",
     "Quadratic",

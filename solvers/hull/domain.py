@@ -274,7 +274,8 @@ class Birkhoff:
             through = (potential[columns] - matched)[:, None] + cost
             potential = np.minimum(potential, through.min(axis=0))
         rows = matched - potential[columns]
-        reduced = direction - (rows[:, None] + potential).ravel()
+        # Entries that fixed ones rule out are zero in every point, whatever their cost.
+        reduced = np.where(np.isfinite(cost), cost - (rows[:, None] + potential), 0.0).ravel()
         value = rows.sum() + potential.sum() + _box_minimum(reduced, lower, upper)
         return Lagrangian(float(value), reduced)
 
@@ -283,9 +284,9 @@ class Birkhoff:
     ) -> tuple[Floats, npt.NDArray[np.intp]] | None:
         """Costs with the fixed entries spelled out, and the best column of each row."""
         shape = (self.order, self.order)
-        fixed: Bools = lower.reshape(shape) > 0.5
-        taken = np.logical_or.outer(fixed.any(axis=1), fixed.any(axis=0))
-        allowed = (upper.reshape(shape) > 0.5) & (fixed | ~taken)
+        fixed = (lower.reshape(shape) > 0.5).astype(int)
+        others = np.maximum(fixed.sum(axis=1)[:, None], fixed.sum(axis=0)) - fixed
+        allowed = (upper.reshape(shape) > 0.5) & (others == 0)
         cost = np.where(allowed, direction.reshape(shape), np.inf)
         try:
             return cost, linear_sum_assignment(cost)[1]
@@ -308,7 +309,7 @@ def checked_bounds(
         raise InvalidInput(f"integer has shape {whole.shape}; it must be {low.shape}.")
     if not (np.isfinite(low).all() and np.isfinite(up).all()):
         raise InvalidInput("Bounds must be finite; the search needs a bounded domain.")
-    low[whole], up[whole] = np.ceil(low[whole] - 1e-9), np.floor(up[whole] + 1e-9)
+    low[whole], up[whole] = np.ceil(low[whole] - 1e-9) + 0.0, np.floor(up[whole] + 1e-9)
     if (low > up).any():
         j = int((low > up).argmax())
         raise InvalidInput(f"Variable {j} has no value between its bounds; loosen one.")

@@ -522,32 +522,35 @@ def _root(
     frank_wolfe: FrankWolfe,
     start: npt.ArrayLike | None,
 ) -> Node:
-    """The first node, with one or two feasible points."""
+    """The first node, with three feasible points."""
     lower, upper, _ = checked_bounds(domain.lower, domain.upper, domain.integer)
-    points = []
+    first: Floats | None
     if start is not None:
-        given = np.array(start, dtype=np.float64)
-        if given.shape != lower.shape or not np.isfinite(given).all():
+        first = np.array(start, dtype=np.float64)
+        if first.shape != lower.shape or not np.isfinite(first).all():
             raise InvalidInput(f"The start must be {domain.n} finite numbers.")
         if (
-            not oracle.is_whole(given)
-            or (given < lower).any()
-            or (given > upper).any()
-            or oracle.feasible(np.zeros(domain.n), given, given) is None
+            not oracle.is_whole(first)
+            or (first < lower).any()
+            or (first > upper).any()
+            or oracle.feasible(np.zeros(domain.n), first, first) is None
         ):
             raise InvalidInput("The start is not in the domain.")
-        points.append(given)
-    first = oracle.feasible(np.zeros(domain.n), lower, upper) if not points else points[0]
+    else:
+        first = oracle.feasible(np.zeros(domain.n), lower, upper)
     if first is None:
         raise InvalidInput("The domain has no feasible point; loosen its constraints.")
+    points = [first]
     gradient = objective.gradient(first)
     value = frank_wolfe.harvest(first)
-    second = oracle.feasible(gradient, lower, upper)
-    if second is None:
-        raise InvalidInput("The domain's oracle answers None for bounds that it had a point for.")
-    objective.check_tangent(first, value, gradient, second, frank_wolfe.harvest(second))
+    for direction in (gradient, -gradient):  # the second for the check alone
+        other = oracle.feasible(direction, lower, upper)
+        if other is None:
+            raise InvalidInput("The domain's oracle answers None for bounds that hold a point.")
+        objective.check_tangent(first, value, gradient, other, frank_wolfe.harvest(other))
+        points.append(other)
     return Node(
-        lower, upper, -math.inf, 0, Inheritance([first, second], np.array([1.0, 0.0]), gradient)
+        lower, upper, -math.inf, 0, Inheritance(points, np.array([1.0, 0.0, 0.0]), gradient)
     )
 
 
