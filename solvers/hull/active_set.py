@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from .domain import Bools, Floats
 
 _NEGLIGIBLE = 1e-15
 """Weights below this are rounding errors of a weight that became zero."""
+
+_LARGEST = 1e6
+"""Weights beyond this come from points that are nearly dependent."""
 
 _SLACK = 1e-9
 """How far a point may lie outside of bounds and still count as inside."""
@@ -36,6 +39,7 @@ class ActiveSet:
         self._matrix[: self._size] = self.points
         self._weights = np.zeros(len(self._matrix))
         self._weights[: self._size] = weights / weights.sum()
+        self._gradients: dict[int, Floats] = {}
         self._update()
 
     @property
@@ -89,6 +93,50 @@ class ActiveSet:
         self._weights[source] -= amount
         self._update()
 
+    def correct(self, gradient: Floats, gradient_at: Callable[[Floats], Floats]) -> bool:
+        """Minimise a quadratic over the convex hull of the weighted points.
+
+        Minor cycles as in Wolfe's method for the nearest point of a polytope: go to the minimum
+        over the affine hull, and drop a point whenever its weight reaches zero on the way.
+
+        Parameters
+        ----------
+        gradient
+            At ``x``, float64 ``[n]``.
+        gradient_at
+            Gradient anywhere, affine since the function is quadratic; asked once per point.
+
+        Returns
+        -------
+        bool
+            False, and nothing has changed, if the linear systems are singular.
+        """
+        index = np.flatnonzero(self.weights)
+        for i in index.tolist():
+            if i not in self._gradients:
+                self._gradients[i] = gradient_at(self.points[i])
+        apart = self.matrix[index] - self.x
+        hessian = apart @ (np.array([self._gradients[i] for i in index.tolist()]) - gradient).T
+        slope = apart @ gradient
+        weights = self.weights[index]
+        while True:
+            target = _affine_minimum(hessian, slope)
+            if target is None:
+                return False
+            negative = target <= 0
+            if not negative.any():
+                break
+            moved = weights - target
+            reach = np.where(negative, weights / np.where(negative, moved, 1.0), np.inf)
+            weights = weights - reach.min() * moved
+            keep = np.arange(len(index)) != reach.argmin()
+            index, weights, slope = index[keep], weights[keep], slope[keep]
+            hessian = hessian[np.ix_(keep, keep)]
+        self.weights[:] = 0.0
+        self.weights[index] = target
+        self._update()
+        return True
+
     def _update(self) -> None:
         weights = self._weights[: self._size]
         weights[weights < _NEGLIGIBLE] = 0.0
@@ -100,6 +148,28 @@ class ActiveSet:
         waiting = np.flatnonzero(self.weights == 0)[-store:] if store else np.empty(0, dtype=int)
         index = np.concatenate([np.flatnonzero(self.weights), waiting])
         return [self.points[i] for i in index], self.weights[index]
+
+
+def _affine_minimum(hessian: Floats, slope: Floats) -> Floats | None:
+    """Weights summing to one that minimise ``w^T H w / 2 + slope^T w``; None if singular."""
+    count = len(slope)
+    size = np.abs(hessian).max()
+    if count == 1:
+        return np.ones(1)
+    if size == 0:
+        return None
+    system = np.full((count + 1, count + 1), size)
+    system[:count, :count] = hessian
+    system[count, count] = 0.0
+    right = np.append(-slope, size)
+    try:
+        found = np.linalg.solve(system, right)
+    except np.linalg.LinAlgError:
+        return None
+    error = np.abs(system @ found - right).max()
+    if not error <= 1e-9 * np.abs(right).max() or np.abs(found[:count]).max() > _LARGEST:
+        return None
+    return np.asarray(found[:count])
 
 
 def inside(points: Floats, lower: Floats, upper: Floats) -> Bools:

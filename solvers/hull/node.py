@@ -21,9 +21,9 @@ from .incumbent import Incumbent
 from .objective import GUARD, Objective
 from .oracle import Oracle
 
-Variant = Literal["blended_pairwise", "away"]
+Variant = Literal["corrective", "blended_pairwise", "away"]
 
-VARIANTS: tuple[Variant, ...] = ("blended_pairwise", "away")
+VARIANTS: tuple[Variant, ...] = ("corrective", "blended_pairwise", "away")
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,10 @@ class FrankWolfe:
     ) -> bool:
         """Make a step that needs no oracle; False if none promises ``threshold``."""
         worst, best = active.worst(scores), active.best(scores)
-        if self._variant == "blended_pairwise":
+        if self._variant != "away":
             if scores[worst] - scores[best] >= threshold:
-                self._pairwise(active, x, gradient, worst, best)
+                if not self._correct(active, gradient):
+                    self._pairwise(active, x, gradient, worst, best)
                 return True
         elif max(scores[worst] - here, here - scores[best]) >= threshold:
             if scores[worst] - here > here - scores[best]:
@@ -244,6 +245,12 @@ class FrankWolfe:
                 self._towards(active, x, gradient, best)
                 return True
         return False
+
+    def _correct(self, active: ActiveSet, gradient: Floats) -> bool:
+        if self._variant != "corrective" or not self._objective.quadratic:
+            return False
+        self.iterations += 1
+        return active.correct(gradient, self._objective.gradient)
 
     def _pairwise(
         self, active: ActiveSet, x: Floats, gradient: Floats, worst: int, best: int

@@ -107,6 +107,11 @@ class Objective:
         self._function, self._gradient, self._n = function, gradient, n
         self._curvature: Callable[[Floats], float] | None = getattr(function, "curvature", None)
 
+    @property
+    def quadratic(self) -> bool:
+        """Whether the function says that it is quadratic."""
+        return self._curvature is not None
+
     def value(self, x: Floats) -> float:
         """``f(x)``, finite or `InvalidInput`."""
         value = float(self._function(x))

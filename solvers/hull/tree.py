@@ -81,7 +81,7 @@ def minimize(
     node_limit: int | None = None,
     branching: Rule = "most_infeasible",
     node_selection: Selection = "best_first",
-    variant: Variant = "blended_pairwise",
+    variant: Variant = "corrective",
     lazy: bool = True,
     lazy_tolerance: float = 2.0,
     strong_convexity: float = 0.0,

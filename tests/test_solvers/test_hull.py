@@ -3,7 +3,7 @@
 import itertools
 import math
 
-import boscia
+import boscia_problems as boscia
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,6 +41,7 @@ SMALL = [
 ]
 
 VARIANTS = [
+    {"variant": "blended_pairwise"},
     {"variant": "away"},
     {"lazy": False},
     {"variant": "away", "lazy": False},
@@ -235,7 +236,7 @@ def test_random_quadratics_match_enumeration(name, seed, rank, choice):
     assert (points == solution.x).all(axis=1).any()
 
 
-@pytest.mark.parametrize("variant", ["blended_pairwise", "away"])
+@pytest.mark.parametrize("variant", ["corrective", "blended_pairwise", "away"])
 @pytest.mark.parametrize("name", ["box", "simplex", "linear"])
 def test_functions_that_are_not_quadratic(name, variant):
     domain, points = DOMAINS[name](), ENTRIES[name]
