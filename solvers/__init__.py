@@ -4,7 +4,9 @@ State the problem once (`MaskProblem`), choose a pattern, and `solve` it by name
 lists the solvers. This package knows rows, Gram matrices and patterns, and no transformer.
 """
 
+from . import structured
 from .errors import InvalidInput
+from .linear import Linear
 from .pattern import NM, CellPattern, Constraints, Neighbourhood, Pattern, PerLayer, PerRow
 from .problem import MaskProblem
 from .registry import SolverInfo, available, get_solver, register, solve
@@ -22,6 +24,7 @@ __all__ = [
     "CellPattern",
     "Constraints",
     "InvalidInput",
+    "Linear",
     "Magnitude",
     "MaskProblem",
     "MaskSolution",
@@ -41,4 +44,5 @@ __all__ = [
     "get_solver",
     "register",
     "solve",
+    "structured",
 ]

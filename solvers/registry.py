@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .errors import InvalidInput
+from .linear import Linear
 from .pattern import NM, PerLayer, PerRow
 from .problem import ArrayLike, MaskProblem
 from .solution import MaskSolution
@@ -43,7 +44,9 @@ def available() -> tuple[SolverInfo, ...]:
             name=s.name,
             summary=s.summary,
             patterns=tuple(
-                kind.__name__ for kind in (PerRow, NM, PerLayer) if issubclass(kind, s.patterns)
+                kind.__name__
+                for kind in (PerRow, NM, PerLayer, Linear)
+                if issubclass(kind, s.patterns)
             ),
             exact=s.exact,
             gives_bound=s.gives_bound,
