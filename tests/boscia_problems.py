@@ -243,14 +243,14 @@ BUILDERS: tuple[Callable[..., Instance], ...] = (
 
 
 def scip(f: Quadratic, domain: Box | MixedInteger, seconds: float = 120.0) -> float:
-    """Optimum by SCIP to a relative gap of 1e-9; NaN if it does not get there."""
+    """Optimum by SCIP to a relative gap of 1e-7; NaN if it does not get there."""
     from pyscipopt import Model, quicksum
 
     model = Model()
     model.hideOutput()
     model.setParam("limits/time", seconds)
-    model.setParam("limits/gap", 1e-9)
-    model.setParam("numerics/feastol", 1e-9)
+    model.setParam("limits/gap", 1e-7)
+    model.setParam("numerics/feastol", 1e-7)
     x = [
         model.addVar(lb=low, ub=up, vtype="I" if whole else "C")
         for low, up, whole in zip(domain.lower, domain.upper, domain.integer, strict=True)

@@ -36,8 +36,9 @@ class Domain(Protocol):
     Notes
     -----
     A domain may also have ``lmo_relaxed``, the oracle of its continuous relaxation with the same
-    arguments (asked for with ``hull=False``), and ``lagrangian`` (see `Lagrangian`), without
-    which no bound is tightened.
+    arguments (asked for with ``hull=False``), ``lagrangian`` (see `Lagrangian`), without which no
+    bound is tightened, and a number ``lmo_error``: how far from optimal an answer may be, as a
+    share of the largest cost (0 if it has none). Node bounds are lowered by it.
     """
 
     n: int

@@ -65,7 +65,7 @@ class Settings:
     node_gap: float = 0.1
     node_gap_decay: float = 0.8
     node_gap_floor: float = 1e-6
-    node_iterations: int = 10000
+    node_iterations: int = 1000
     store: int = 200
 
 
@@ -91,7 +91,7 @@ def minimize(
     node_gap: float = 0.1,
     node_gap_decay: float = 0.8,
     node_gap_floor: float = 1e-6,
-    node_iterations: int = 10000,
+    node_iterations: int = 1000,
     store: int = 200,
     callback: Watch | None = None,
     verbose: bool = False,
@@ -326,10 +326,11 @@ class Tree:
                 max_iterations=settings.node_iterations,
             )
             bound = relaxed.bound
-            if relaxed.end is not End.ACCURATE or self._oracle.fractional(relaxed.x).any():
+            over = relaxed.end in (End.PRUNED, End.TIME)
+            if over or self._oracle.fractional(relaxed.x).any():
                 break
             self._offer_whole(active, relaxed, node)
-            if bound >= self._incumbent.cutoff:
+            if relaxed.end is End.EXHAUSTED or bound >= self._incumbent.cutoff:
                 break
             accuracy *= _SHARPER
         return relaxed

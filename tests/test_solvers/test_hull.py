@@ -302,6 +302,27 @@ def test_limits_are_honest(selection):
         assert solution.gap > 0
 
 
+@pytest.mark.parametrize("heuristics", [(), ("rounding",)], ids=str)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: boscia.nonlinear(8, seed=5),
+        lambda: boscia.planted_simplex(5, seed=5),
+        lambda: boscia.sparse_regression(rows=6, p=5, seed=5),
+    ],
+    ids=["T8", "T3", "T11"],
+)
+def test_nodes_that_are_hardly_solved_stay_honest(build, heuristics):
+    instance = build()
+    solution = minimize(
+        instance.f, None, instance.domain, rel_gap=1e-6, node_iterations=1, heuristics=heuristics
+    )
+    honest(solution, instance.optimum)
+    assert solution.status in (Status.OPTIMAL, Status.FEASIBLE)
+    if instance.domain.integer.all():
+        check(solution, instance.f, instance.optimum)
+
+
 def test_the_same_call_gives_the_same_tree():
     instance = boscia.nonlinear(12, seed=2)
     first, second = (minimize(instance.f, None, instance.domain) for _ in range(2))
