@@ -6,6 +6,7 @@ lists the solvers. This package knows rows, Gram matrices and patterns, and no t
 
 from . import structured
 from .errors import InvalidInput
+from .hull import Domain, HullSolution, minimize
 from .linear import Linear
 from .pattern import NM, CellPattern, Constraints, Neighbourhood, Pattern, PerLayer, PerRow
 from .problem import MaskProblem
@@ -23,6 +24,8 @@ __all__ = [
     "RIA",
     "CellPattern",
     "Constraints",
+    "Domain",
+    "HullSolution",
     "InvalidInput",
     "Linear",
     "Magnitude",
@@ -42,6 +45,7 @@ __all__ = [
     "Wanda",
     "available",
     "get_solver",
+    "minimize",
     "register",
     "solve",
     "structured",
