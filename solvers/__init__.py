@@ -5,6 +5,7 @@ lists the solvers. This package knows rows, Gram matrices and patterns, and no t
 """
 
 from . import structured
+from .branch_and_bound import BranchAndBound
 from .errors import InvalidInput
 from .hull import Domain, HullSolution, minimize
 from .linear import Linear
@@ -12,6 +13,7 @@ from .pattern import NM, CellPattern, Constraints, Neighbourhood, Pattern, PerLa
 from .problem import MaskProblem
 from .registry import SolverInfo, available, get_solver, register, solve
 from .saliency import RIA, Magnitude, Wanda
+from .semidefinite import Semidefinite
 from .solution import MaskSolution, Status, TracePoint
 from .solver import Outcome, Progress, Solver
 from .swap import Swap
@@ -22,6 +24,7 @@ DISTRIBUTION = "mipprune"
 __all__ = [
     "NM",
     "RIA",
+    "BranchAndBound",
     "CellPattern",
     "Constraints",
     "Domain",
@@ -37,6 +40,7 @@ __all__ = [
     "PerLayer",
     "PerRow",
     "Progress",
+    "Semidefinite",
     "Solver",
     "SolverInfo",
     "Status",

@@ -20,7 +20,15 @@ _S = TypeVar("_S", bound=type[Solver])
 def register(solver: _S) -> _S:
     """Class decorator: make a solver known by its name."""
     _SOLVERS[solver.name] = solver
+    in_order = sorted(_SOLVERS.values(), key=_rank)
+    _SOLVERS.clear()
+    _SOLVERS.update({known.name: known for known in in_order})
     return solver
+
+
+def _rank(solver: type[Solver]) -> tuple[bool, bool, bool, str]:
+    """Simple ones first: saliencies, searches, bounds, exact solvers."""
+    return solver.exact, solver.gives_bound, solver.needs_start, solver.name
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class SolverInfo:
 
 
 def available() -> tuple[SolverInfo, ...]:
-    """All solvers with their abilities, in the order in which they were registered."""
+    """All solvers with their abilities, simple ones first."""
     return tuple(
         SolverInfo(
             name=s.name,

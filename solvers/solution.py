@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .certificate import Certificate
+
 
 class Status(enum.Enum):
     """Why a solver stopped, with the sentence that says it."""
@@ -54,6 +56,9 @@ class MaskSolution:
         Counts and times; each solver documents its own.
     trace
         Objective (and bound) over time, never rising.
+    certificates
+        Witnesses of the bounds that `solvers.certificate.check` verifies, one per row; empty if
+        the solver gives none.
     """
 
     mask: Tensor
@@ -63,6 +68,7 @@ class MaskSolution:
     bound: Tensor | None = None
     stats: dict[str, Any] = field(default_factory=dict)
     trace: tuple[TracePoint, ...] = ()
+    certificates: tuple[Certificate, ...] = ()
 
     @property
     def gap(self) -> Tensor | None:

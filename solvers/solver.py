@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .certificate import Certificate
 from .errors import InvalidInput
 from .pattern import Pattern
 from .problem import MaskProblem
@@ -30,6 +32,18 @@ class Clock:
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._began
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, 0 at least; infinite without a limit."""
+        return math.inf if self._limit is None else max(0.0, self._limit - self.seconds)
+
+    def part(self, share: float) -> Clock:
+        """A clock that starts now and has a share of the time left."""
+        part = Clock()
+        if self._limit is not None:
+            part._limit = share * self.remaining
+        return part
 
     @property
     def expired(self) -> bool:
@@ -58,6 +72,7 @@ class Outcome:
     bound: Tensor | None = None
     stats: dict[str, Any] = field(default_factory=dict)
     trace: list[TracePoint] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list)
 
 
 class Solver(ABC):
@@ -144,6 +159,7 @@ class Solver(ABC):
             bound=outcome.bound,
             stats={"time": seconds, **outcome.stats},
             trace=tuple(outcome.trace),
+            certificates=tuple(outcome.certificates),
         )
 
     @classmethod

@@ -1,0 +1,102 @@
+"""Bound rows of real layers at full width, without a tree.
+
+The semidefinite bound with cuts on rows of the layers in ``best_known.json`` (60 % per row),
+against the best masks known and the plain relaxation recorded there; and on narrower and wider
+problems against the best mask found here.
+
+    python benchmarks/root_bound.py
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from common import parser, write
+from matplotlib.figure import Figure
+
+from solvers import MaskProblem, PerRow, solve
+from solvers.files import replaced_on_success
+
+
+def bound_row(problem: MaskProblem, seconds: float, best: float | None) -> dict[str, Any]:
+    """Bound of one row, and its gap to the best loss known or found."""
+    began = time.perf_counter()
+    solution = solve(problem, "semidefinite", row_seconds=seconds)
+    assert solution.bound is not None
+    loss = float(solution.objective) if best is None else min(best, float(solution.objective))
+    return {
+        "seconds": time.perf_counter() - began,
+        "loss": float(solution.objective),
+        "best": loss,
+        "bound": float(solution.bound),
+        "gap": (loss - float(solution.bound)) / loss,
+    }
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Gaps by d; the plain relaxation where it is recorded."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(
+        [r["inputs"] for r in runs], [100 * r["gap"] for r in runs], label="semidefinite with cuts"
+    )
+    plain = [r for r in runs if "plain_gap" in r]
+    axes.scatter(
+        [r["inputs"] for r in plain], [100 * r["plain_gap"] for r in plain],
+        marker="x", label="plain relaxation",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("inputs d")
+    axes.set_ylabel("gap to the best mask known, %")
+    axes.set_ylim(0, None)
+    axes.legend()
+    with replaced_on_success(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    print(f"Written: {path}")
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--rows", type=int, default=2, help="rows per layer")
+    options.add_argument("--seconds", type=float, default=100.0, help="per row of 384 inputs")
+    options.add_argument("--wide-seconds", type=float, default=240.0, help="per row of mlp_down")
+    arguments = options.parse_args()
+    known = json.loads((arguments.layers / "best_known.json").read_text())
+    pattern = PerRow(sparsity=0.6)
+    runs: list[dict[str, Any]] = []
+
+    def add(layer: str, row: int, one: MaskProblem, seconds: float, best: float | None) -> None:
+        run = {"layer": layer, "row": row, "inputs": one.shape[1], **bound_row(one, seconds, best)}
+        if best is not None:
+            plain = known[layer]["relax_lb"][row]
+            run["plain_gap"] = (run["best"] - plain) / run["best"]
+        runs.append(run)
+        print(
+            f"d={run['inputs']} {layer} row {row}: gap {run['gap']:.2%} in {run['seconds']:.0f} s",
+            flush=True,
+        )
+
+    for layer, entry in known.items():
+        problem = MaskProblem.load(arguments.layers / f"{layer}.safetensors", pattern)
+        narrow = MaskProblem(problem.weight[:, :128], problem.gram[:128, :128], pattern)
+        for row in entry["rows"][: arguments.rows]:
+            add(layer, row, narrow.rows([row]), 13.0, None)
+        for at, row in enumerate(entry["rows"][: arguments.rows]):
+            add(layer, row, problem.rows([row]), arguments.seconds, entry["best"][at])
+    wide = MaskProblem.load(arguments.layers / "minilm_block1_mlp_down.safetensors", pattern)
+    add("minilm_block1_mlp_down", 0, wide.rows([0]), arguments.wide_seconds, None)
+    summary = {}
+    for inputs in sorted({run["inputs"] for run in runs}):
+        gaps = [run["gap"] for run in runs if run["inputs"] == inputs]
+        times = [run["seconds"] for run in runs if run["inputs"] == inputs]
+        summary[str(inputs)] = {"mean_gap": sum(gaps) / len(gaps), "worst_seconds": max(times)}
+    print(summary)
+    write(arguments.out, "root_bound", {"sparsity": 0.6, "summary": summary, "runs": runs})
+    plot(runs, arguments.out / "root_bound.png")
+
+
+if __name__ == "__main__":
+    main()

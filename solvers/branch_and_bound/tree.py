@@ -1,0 +1,259 @@
+"""Best-first or depth-first search over the fixings of one row, nodes bounded in batches."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ..semidefinite.cuts import Array
+from ..semidefinite.program import BinaryProgram
+from ..semidefinite.witness import ConvexForm
+from ..solver import Clock
+from .state import FREE, ONE, ZERO
+
+Branching = Literal["most_infeasible", "curvature", "strong"]
+NodeSelection = Literal["best_first", "depth_first"]
+
+_STRONG_CANDIDATES = 8
+_STRONG_STEPS = 48
+_INTEGRAL = 1e-9
+
+
+@dataclass(frozen=True)
+class TreeLimits:
+    """When a tree stops, and how its nodes are treated."""
+
+    rel_gap: float
+    max_nodes: int | None
+    max_steps: int
+    batch: int
+    threads: int
+    branching: Branching
+    node_selection: NodeSelection
+    tighten: bool
+
+
+@dataclass
+class TreeResult:
+    """Bound of the row, and what was counted.
+
+    Attributes
+    ----------
+    bound
+        No allowed x costs less.
+    finished
+        Whether no open node is left.
+    nodes, steps, fixed
+        Nodes bounded, Frank-Wolfe steps, inputs fixed by tightening.
+    bounds
+        (seconds, bound, incumbent) over time.
+    """
+
+    bound: float
+    finished: bool
+    nodes: int = 0
+    steps: int = 0
+    fixed: int = 0
+    bounds: list[tuple[float, float, float]] = field(default_factory=list)
+
+
+@dataclass(order=True)
+class _Node:
+    priority: tuple[float, int]
+    bound: float = field(compare=False)
+    depth: int = field(compare=False)
+    state: Array = field(compare=False)
+    x: Array = field(compare=False)
+
+
+class Tree:
+    """Branch and bound on one row, in units where its losses are of the order of 1.
+
+    Parameters
+    ----------
+    program
+        The row; it alone evaluates complete fixings.
+    form
+        Convex under-estimator that bounds the nodes.
+    limits
+        Options.
+    incumbent
+        Least loss known.
+    improve
+        Given a relaxed x, a primal heuristic that returns the least loss known.
+    """
+
+    def __init__(
+        self,
+        program: BinaryProgram,
+        form: ConvexForm,
+        limits: TreeLimits,
+        incumbent: float,
+        improve: Callable[[Array], float],
+    ) -> None:
+        from .nodes import solve_nodes  # compiles: numba is imported on first use
+
+        self._solve_nodes = solve_nodes
+        self._program, self._form, self._limits = program, form, limits
+        self._incumbent, self._improve = incumbent, improve
+        self._cells = np.concatenate([[0], np.bincount(program.cell).cumsum()])
+        self._pruned = program.pruned.astype(np.int64)
+        self._least_closed = math.inf
+        self._count = 0
+        self.result = TreeResult(bound=-math.inf, finished=False)
+
+    def search(self, root_bound: float, root_x: Array, clock: Clock) -> TreeResult:
+        """Search until the gap is closed or a limit is hit."""
+        limits, result = self._limits, self.result
+        d = self._program.inputs
+        with ThreadPoolExecutor(limits.threads) as pool:
+            self._pool = pool
+            state = np.zeros((1, d), np.int8)
+            open_nodes: list[_Node] = []
+            self._bound_and_push(
+                open_nodes, state, root_x[None].copy(), np.array([root_bound]), np.array([0])
+            )
+            while open_nodes:
+                self._record(open_nodes, clock)
+                if clock.expired or (limits.max_nodes and result.nodes >= limits.max_nodes):
+                    break
+                size = min(len(open_nodes), limits.batch)
+                batch = [heapq.heappop(open_nodes) for _ in range(size)]
+                batch = [node for node in batch if not self._close_if_done(node.bound)]
+                if not batch:
+                    continue
+                self._incumbent = min(self._incumbent, self._improve(batch[0].x))
+                self._bound_and_push(open_nodes, *self._children(batch))
+        self._record(open_nodes, clock)
+        result.finished = not open_nodes
+        return result
+
+    @property
+    def _cutoff(self) -> float:
+        return self._incumbent - self._limits.rel_gap * abs(self._incumbent)
+
+    def _close_if_done(self, bound: float) -> bool:
+        if bound < self._cutoff:
+            return False
+        self._least_closed = min(self._least_closed, bound)
+        return True
+
+    def _record(self, open_nodes: list[_Node], clock: Clock) -> None:
+        least = min((node.bound for node in open_nodes), default=math.inf)
+        bound = min(least, self._least_closed, self._incumbent)
+        self.result.bound = max(self.result.bound, bound)
+        self.result.bounds.append((clock.seconds, self.result.bound, self._incumbent))
+
+    def _children(self, batch: list[_Node]) -> tuple[Array, Array, Array, Array]:
+        """Both children of every node: states, starting points, bounds, depths."""
+        state = np.repeat(np.stack([node.state for node in batch]), 2, axis=0)
+        x = np.repeat(np.stack([node.x for node in batch]), 2, axis=0)
+        at = np.repeat(self._branching_inputs(batch), 2)
+        every = np.arange(len(state))
+        state[every, at] = np.where(every % 2 == 0, ZERO, ONE)
+        bound = np.repeat([node.bound for node in batch], 2)
+        depth = np.repeat([node.depth + 1 for node in batch], 2)
+        return state, x, bound, depth
+
+    def _branching_inputs(self, batch: list[_Node]) -> Array:
+        x = np.stack([node.x for node in batch])
+        free = np.stack([node.state for node in batch]) == FREE
+        fraction = np.minimum(x, 1 - x)
+        if self._limits.branching != "most_infeasible":
+            fraction = fraction**2 * self._form.quadratic.diagonal()
+        # Among integral free inputs, which the under-estimator may still leave open, any will do.
+        score = np.where(free, fraction + 1e-12, -1.0)
+        if self._limits.branching != "strong":
+            chosen: Array = score.argmax(axis=1)
+            return chosen
+        return self._strong_branching(batch, score)
+
+    def _strong_branching(self, batch: list[_Node], score: Array) -> Array:
+        """The candidate whose weaker child gains most after a few steps."""
+        count = min(_STRONG_CANDIDATES, score.shape[1])
+        candidates = np.argpartition(-score, count - 1, axis=1)[:, :count]
+        at = np.repeat(candidates.ravel(), 2)
+        owner = np.repeat(np.arange(len(batch)), 2 * count)
+        state = np.stack([node.state for node in batch])[owner]
+        every = np.arange(len(at))
+        allowed = state[every, at] == FREE
+        state[every[allowed], at[allowed]] = np.where(every % 2 == 0, ZERO, ONE)[allowed]
+        x = np.stack([node.x for node in batch])[owner]
+        bound = np.array([node.bound for node in batch])[owner]
+        self._run(state, x, bound, _STRONG_STEPS, tighten=False)
+        weaker = np.minimum(bound, self._cutoff).reshape(len(batch), count, 2).min(axis=2)
+        weaker[~allowed.reshape(len(batch), count, 2)[:, :, 0]] = -np.inf
+        best: Array = candidates[np.arange(len(batch)), weaker.argmax(axis=1)]
+        return best
+
+    def _bound_and_push(
+        self, open_nodes: list[_Node], state: Array, x: Array, bound: Array, depth: Array
+    ) -> None:
+        self._run(state, x, bound, self._limits.max_steps, self._limits.tighten)
+        self.result.nodes += len(state)
+        complete = self._fill_determined(state, x)
+        for k in range(len(state)):
+            if math.isinf(bound[k]):
+                continue
+            if complete[k]:
+                loss = self._program.objective(x[k])
+                if loss < self._incumbent:
+                    self._incumbent = min(loss, self._improve(x[k]))
+                self._least_closed = min(self._least_closed, loss)
+                continue
+            if self._close_if_done(bound[k]):
+                continue
+            self._count += 1
+            first = float(bound[k]) if self._limits.node_selection == "best_first" else -depth[k]
+            node = _Node((first, self._count), float(bound[k]), int(depth[k]), state[k], x[k])
+            heapq.heappush(open_nodes, node)
+
+    def _fill_determined(self, state: Array, x: Array) -> Array:
+        """Nodes with one x left: fix it, and say which they are."""
+        complete = np.ones(len(state), dtype=bool)
+        for g, ones in enumerate(self._pruned):
+            part = state[:, self._cells[g] : self._cells[g + 1]]
+            values = x[:, self._cells[g] : self._cells[g + 1]]
+            left = ones - (part == ONE).sum(axis=1)
+            free = (part == FREE).sum(axis=1)
+            for rest, fixed in ((left == 0, ZERO), (left == free, ONE)):
+                where = rest[:, None] & (part == FREE)
+                part[where] = fixed
+                values[where] = float(fixed == ONE)
+            complete &= (part != FREE).all(axis=1)
+        x[complete] = x[complete].round()
+        return complete
+
+    def _run(self, state: Array, x: Array, bound: Array, max_steps: int, tighten: bool) -> None:
+        """Bound nodes in threads, in place."""
+        fixed = np.zeros(len(state), np.int64)
+        tolerance = np.full(len(state), 0.1 * self._limits.rel_gap * abs(self._incumbent))
+        parts = np.array_split(np.arange(len(state)), min(self._limits.threads, len(state)))
+        form = self._form
+        jobs = [
+            self._pool.submit(
+                self._solve_nodes,
+                form.quadratic,
+                form.linear,
+                form.constant,
+                self._cells,
+                self._pruned,
+                state[part[0] : part[-1] + 1],
+                x[part[0] : part[-1] + 1],
+                bound[part[0] : part[-1] + 1],
+                self._cutoff,
+                tolerance[part[0] : part[-1] + 1],
+                max_steps,
+                tighten,
+                fixed[part[0] : part[-1] + 1],
+            )
+            for part in parts
+        ]
+        self.result.steps += sum(job.result() for job in jobs)
+        self.result.fixed += int(fixed.sum())

@@ -1,0 +1,124 @@
+"""A quadratic program in binaries whose cells have fixed sums: a row, or a small layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidInput
+from ..pattern import CellPattern
+from ..problem import MaskProblem
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class BinaryProgram:
+    """``min x^T Q x + l^T x`` over binary ``x`` (1 = pruned) with ``s_g`` ones in cell g.
+
+    Attributes
+    ----------
+    quadratic
+        ``Q = Diag(w) G Diag(w)``, float64 ``[d, d]``.
+    linear
+        ``l``, float64 ``[d]``.
+    cell
+        Cell of each input, int ``[d]``.
+    pruned
+        ``s``, the number of ones in each cell, int ``[cells]``.
+    """
+
+    quadratic: Array
+    linear: Array
+    cell: Array
+    pruned: Array
+
+    @classmethod
+    def of(cls, problem: MaskProblem) -> BinaryProgram:
+        """A single row, or all rows of a layer that share a budget, after one another.
+
+        Raises
+        ------
+        InvalidInput
+            If the pattern has no cells of fixed count, or the problem falls into rows.
+        """
+        pattern, (rows, d) = problem.pattern, problem.shape
+        if not isinstance(pattern, CellPattern):
+            raise InvalidInput(f"The pattern {pattern} has no cells of fixed count.")
+        if rows > 1 and not pattern.coupled:
+            raise InvalidInput("Rows without a shared budget are separate programs; take one.")
+        weight = problem.weight.double().cpu().numpy()
+        gram = problem.gram.double().cpu().numpy()
+        quadratic = np.zeros((rows * d, rows * d))
+        for r, w in enumerate(weight):
+            block = slice(r * d, (r + 1) * d)
+            quadratic[block, block] = w[:, None] * gram * w
+        size = pattern.cell_size((rows, d))
+        linear = np.zeros(rows * d)
+        if problem.linear is not None:
+            linear = problem.linear.cpu().numpy().ravel()
+        return cls(
+            quadratic=quadratic,
+            linear=linear,
+            cell=np.arange(rows * d) // size,
+            pruned=np.full(rows * d // size, size - pattern.kept_per_cell((rows, d))),
+        )
+
+    @property
+    def inputs(self) -> int:
+        """``d``."""
+        return len(self.linear)
+
+    @property
+    def ones(self) -> int:
+        """Number of ones in every allowed ``x``."""
+        return int(self.pruned.sum())
+
+    @property
+    def size(self) -> float:
+        """Trace of Q plus the linear costs' magnitude: what losses are measured against."""
+        return float(np.trace(self.quadratic) + np.abs(self.linear).sum())
+
+    def scaled(self, factor: float) -> BinaryProgram:
+        """The same program with all losses multiplied."""
+        return BinaryProgram(self.quadratic * factor, self.linear * factor, self.cell, self.pruned)
+
+    def objective(self, x: Array) -> float:
+        """Loss of one ``x``."""
+        return float(x @ self.quadratic @ x + self.linear @ x)
+
+    def lifted(self) -> Array:
+        """``[0 l^T/2; l/2 Q]``, so that the loss is ``y^T C y`` with ``y = (1, x)``."""
+        lifted = np.zeros((self.inputs + 1, self.inputs + 1))
+        lifted[1:, 1:] = self.quadratic
+        lifted[0, 1:] = lifted[1:, 0] = self.linear / 2
+        return lifted
+
+    def normals(self) -> Array:
+        """Orthonormal ``[d + 1, cells]`` that span what is orthogonal to every ``(1, x)``."""
+        cells = len(self.pruned)
+        equalities = np.zeros((self.inputs + 1, cells))
+        equalities[0] = -self.pruned
+        equalities[1 + np.arange(self.inputs), self.cell] = 1.0
+        basis: Array = np.linalg.qr(equalities)[0]
+        return basis
+
+
+def independent_parts(problem: MaskProblem) -> list[list[int]]:
+    """Rows that must be solved together: one by one, or all where they share a budget."""
+    rows = range(problem.shape[0])
+    return [list(rows)] if problem.pattern.coupled else [[row] for row in rows]
+
+
+def spread(bound: float, objective: Array) -> Array:
+    """Bounds of rows that are only bounded together; only their sum means anything."""
+    missing = max(0.0, float(objective.sum()) - bound)
+    weight = np.abs(objective)
+    share = (
+        weight / weight.sum() if weight.sum() > 0 else np.full(len(objective), 1 / len(objective))
+    )
+    found: Array = objective - missing * share
+    return found

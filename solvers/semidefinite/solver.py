@@ -1,0 +1,157 @@
+"""The semidefinite bound as a solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..certificate import Certificate
+from ..errors import InvalidInput
+from ..pattern import CellPattern
+from ..problem import MaskProblem
+from ..registry import register
+from ..solution import Status, TracePoint
+from ..solver import Callback, Clock, Outcome, Progress, Solver
+from ..swap import Swap
+from .ascent import Bounded, strengthen
+from .cuts import Array
+from .program import BinaryProgram, independent_parts, spread
+from .witness import certificate
+
+
+@register
+@dataclass(frozen=True)
+class Semidefinite(Solver):
+    """Bounds from the semidefinite relaxation with cuts; masks by rounding it, then swaps.
+
+    Row by row, or the whole layer at once where rows share a budget (for small layers). Each
+    bound is proven by a `Witness`, apart from any tolerance; `solvers.certificate` keeps them.
+
+    Parameters
+    ----------
+    rel_gap
+        A row is finished when its bound is within this share of its objective.
+    rounds
+        Most rounds of dual ascent per row.
+    row_seconds
+        Most seconds per row.
+    triangles
+        Whether to add triangle inequalities to the pairwise ones.
+
+    Notes
+    -----
+    ``stats``: ``rounds``, ``evaluations`` and ``cuts`` (summed over rows). A row without a
+    start begins at Wanda + swaps.
+    """
+
+    rel_gap: float = 1e-4
+    rounds: int = 200
+    row_seconds: float = 60.0
+    triangles: bool = False
+
+    name = "semidefinite"
+    summary = "certified bounds by semidefinite duality with cuts; masks by rounding and swaps"
+    patterns = (CellPattern,)
+    gives_bound = True
+    needs_start = True
+
+    def __post_init__(self) -> None:
+        if not self.rel_gap >= 0:
+            raise InvalidInput(f"rel_gap={self.rel_gap} is negative; give 0 or more.")
+        if self.rounds < 1 or not self.row_seconds > 0:
+            raise InvalidInput("rounds and row_seconds must be positive; they bound the work.")
+
+    def _search(
+        self,
+        problem: MaskProblem,
+        start: Tensor | None,
+        clock: Clock,
+        seed: int,
+        callback: Callback | None,
+    ) -> Outcome:
+        assert start is not None
+        parts = independent_parts(problem)
+        best = Swap().solve(problem, start=start)
+        mask, objective = best.mask.clone(), best.objective.clone()
+        bound = torch.zeros_like(objective)
+        found: list[Bounded] = []
+        certificates: list[Certificate] = []
+        trace = [TracePoint(clock.seconds, float(objective.sum()))]
+        for done, rows in enumerate(parts):
+            incumbent = Incumbent(problem.rows(rows), mask[rows], objective[rows])
+            program = BinaryProgram.of(incumbent.problem)
+            result = strengthen(
+                program,
+                incumbent.total,
+                rel_gap=self.rel_gap,
+                max_rounds=self.rounds,
+                seconds=min(self.row_seconds, clock.remaining / (len(parts) - done)),
+                least_gain=0.03,
+                triangles=self.triangles,
+                improved=incumbent.improve,
+            )
+            mask[rows], objective[rows] = incumbent.mask, incumbent.objective
+            bound[rows] = incumbent.spread(result.bound)
+            found.append(result)
+            if not problem.pattern.coupled:
+                kept = incumbent.mask[0].cpu().numpy()
+                certificates.append(certificate(rows[0], kept, program, result.witness))
+            trace.append(TracePoint(clock.seconds, float(objective.sum())))
+            if callback is not None:
+                callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
+        trace[-1] = TracePoint(clock.seconds, float(objective.sum()), float(bound.sum()))
+        gap = objective - bound
+        closed = bool((gap <= self.rel_gap * objective.abs() + 1e-300).all())
+        status = Status.OPTIMAL if closed else Status.FEASIBLE
+        return Outcome(
+            mask=mask,
+            status=Status.TIME_LIMIT if clock.expired and not closed else status,
+            bound=bound,
+            stats={
+                "rounds": sum(one.rounds for one in found),
+                "evaluations": sum(one.evaluations for one in found),
+                "cuts": sum(one.cuts for one in found),
+            },
+            trace=trace,
+            certificates=certificates,
+        )
+
+
+class Incumbent:
+    """Best mask of some rows, improved by rounding relaxed points and swapping from there.
+
+    Attributes
+    ----------
+    problem
+        The rows.
+    mask, objective
+        Of the best mask so far: bool ``[rows, d]``, float64 ``[rows]``.
+    """
+
+    def __init__(self, problem: MaskProblem, mask: Tensor, objective: Tensor) -> None:
+        self.problem, self.mask, self.objective = problem, mask, objective
+        self._tried: set[bytes] = set()
+
+    @property
+    def total(self) -> float:
+        """Summed objective."""
+        return float(self.objective.sum())
+
+    def improve(self, relaxed: Array) -> float:
+        """Round a relaxed ``x`` (1 = pruned, flat), swap, and return the best total so far."""
+        kept = torch.from_numpy(1.0 - relaxed).view(self.problem.shape).to(self.problem.device)
+        start = self.problem.pattern.round(kept)
+        key = np.packbits(start.cpu().numpy()).tobytes()
+        if key not in self._tried:
+            self._tried.add(key)
+            solution = Swap(dtype="float64").solve(self.problem, start=start)
+            if float(solution.objective.sum()) < self.total:
+                self.mask, self.objective = solution.mask, solution.objective
+        return self.total
+
+    def spread(self, bound: float) -> Tensor:
+        """A bound of the total as bounds of the rows, none above its objective."""
+        return torch.from_numpy(spread(bound, self.objective.cpu().numpy())).to(self.objective)
