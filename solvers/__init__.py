@@ -7,6 +7,7 @@ lists the solvers. This package knows rows, Gram matrices and patterns, and no t
 from . import structured
 from .branch_and_bound import BranchAndBound
 from .errors import InvalidInput
+from .frank_wolfe import FrankWolfe
 from .hull import Domain, HullSolution, minimize
 from .linear import Linear
 from .pattern import NM, CellPattern, Constraints, Neighbourhood, Pattern, PerLayer, PerRow
@@ -28,6 +29,7 @@ __all__ = [
     "CellPattern",
     "Constraints",
     "Domain",
+    "FrankWolfe",
     "HullSolution",
     "InvalidInput",
     "Linear",
