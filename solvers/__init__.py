@@ -6,6 +6,7 @@ lists the solvers. This package knows rows, Gram matrices and patterns, and no t
 
 from . import structured
 from .branch_and_bound import BranchAndBound
+from .convex import Cvxpy
 from .errors import InvalidInput
 from .frank_wolfe import FrankWolfe
 from .hull import Domain, HullSolution, minimize
@@ -14,6 +15,7 @@ from .pattern import NM, CellPattern, Constraints, Neighbourhood, Pattern, PerLa
 from .problem import MaskProblem
 from .registry import SolverInfo, available, get_solver, register, solve
 from .saliency import RIA, Magnitude, Wanda
+from .scip import Scip
 from .semidefinite import Semidefinite
 from .solution import MaskSolution, Status, TracePoint
 from .solver import Outcome, Progress, Solver
@@ -28,6 +30,7 @@ __all__ = [
     "BranchAndBound",
     "CellPattern",
     "Constraints",
+    "Cvxpy",
     "Domain",
     "FrankWolfe",
     "HullSolution",
@@ -42,6 +45,7 @@ __all__ = [
     "PerLayer",
     "PerRow",
     "Progress",
+    "Scip",
     "Semidefinite",
     "Solver",
     "SolverInfo",

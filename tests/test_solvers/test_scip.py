@@ -1,0 +1,177 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from helpers import KINDS, make_problem, optimum, problems, random_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solvers import NM, InvalidInput, Linear, MaskProblem, PerLayer, PerRow, Status, solve
+from solvers.scip import _factor, shared_out
+
+PATTERNS = [PerRow(sparsity=0.6), PerRow(keep=0), PerRow(keep=8), NM(keep=2, group=4)]
+
+
+def size_of(problem):
+    """What SCIP's tolerances are measured against, at most."""
+    everything = (problem.weight.double() ** 2 * problem.gram.diagonal().double()).sum()
+    return float(everything + (0 if problem.linear is None else problem.linear.abs().sum()))
+
+
+def check(problem, solution, rel_gap=1e-4):
+    """Optimal as enumerated, and a bound that is valid and close."""
+    least, size = optimum(problem), size_of(problem)
+    loss, bound = float(solution.objective.sum()), float(solution.bound.sum())
+    slack = rel_gap * abs(least) + 2e-6 * size
+    assert solution.status is Status.OPTIMAL
+    assert problem.pattern.is_feasible(solution.mask)
+    assert least - 1e-12 * size <= loss <= least + slack
+    assert least - slack <= bound <= least + 1e-12 * size
+
+
+@settings(max_examples=40)
+@given(problem=problems(max_rows=2, max_inputs=6))
+def test_agrees_with_enumeration(problem):
+    check(problem, solve(problem, "scip"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, PerLayer(sparsity=0.6)], ids=str)
+def test_every_kind_agrees_with_enumeration(pattern, kind):
+    rows, d = (2, 6) if pattern.coupled else (2, 8)
+    for dtype in (torch.float32, torch.float64):
+        problem = make_problem(rows, d, pattern, kind, seed=1, dtype=dtype)
+        check(problem, solve(problem, "scip", rel_gap=0.0), rel_gap=0.0)
+
+
+@pytest.mark.parametrize("pattern", [PerRow(keep=3), PerLayer(keep=5)], ids=str)
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_losses_of_any_size(scale, pattern):
+    problem = make_problem(2, 6, pattern, "linear", seed=2)
+    scaled = MaskProblem(problem.weight, problem.gram * scale, pattern, problem.linear * scale)
+    solution = solve(scaled, "scip")
+    check(scaled, solution)
+    assert torch.equal(solution.mask, solve(problem, "scip").mask)
+
+
+def test_inequalities_over_the_layer():
+    generator = np.random.default_rng(0)
+    problem = make_problem(2, 5, PerRow(keep=2), seed=3)
+    costs = generator.integers(1, 9, size=10)
+    pattern = Linear(
+        np.stack([costs, np.ones(10), 1e-6 * np.eye(10)[3] - 1e-6 * np.eye(10)[7]]),
+        [-np.inf, 3, 0],
+        [20, 6, np.inf],
+    )
+    problem = MaskProblem(problem.weight, problem.gram, pattern)
+    check(problem, solve(problem, "scip"))
+
+
+def test_a_row_that_costs_nothing_keeps_its_start():
+    problem = make_problem(2, 8, PerRow(keep=3), "zero rows")
+    start = random_mask(problem)
+    solution = solve(problem, "scip", start=start)
+    assert torch.equal(solution.mask[0], start[0])
+    assert solution.objective[0] == solution.bound[0] == 0
+
+
+@pytest.mark.parametrize("pattern", [PerRow(sparsity=0.6), PerLayer(sparsity=0.6)], ids=str)
+def test_limits_leave_a_valid_answer(pattern):
+    problem = make_problem(2, 24, pattern, "plain", seed=4)
+    start = solve(problem, "swap").mask
+    few = solve(problem, "scip", node_limit=1)
+    assert few.status is Status.ITERATION_LIMIT
+    hurried = solve(problem, "scip", time_limit=1e-6)
+    assert hurried.status is Status.TIME_LIMIT
+    assert hurried.stats["nodes"] == 0
+    assert torch.equal(hurried.mask, solve(problem, "wanda").mask)
+    kept = solve(problem, "scip", start=start, time_limit=1e-6)
+    assert torch.equal(kept.mask, start)
+    best = float(solve(problem, "swap").objective.sum())
+    for solution in (few, hurried, kept):
+        assert solution.bound.isfinite().all()
+        assert float(solution.bound.sum()) <= best
+        assert bool((solution.bound <= solution.objective).all())
+
+
+def test_rows_in_parallel_are_the_same():
+    problem = make_problem(5, 12, PerRow(sparsity=0.5), seed=5)
+    told = []
+    one = solve(problem, "scip")
+    two = solve(problem, "scip", threads=2, callback=told.append)
+    assert torch.equal(one.mask, two.mask)
+    assert torch.equal(one.bound, two.bound)
+    assert [progress.done for progress in told] == [1, 2, 3, 4, 5]
+    assert len(two.stats["program_times"]) == 5
+    assert two.stats["program_nodes"] == one.stats["program_nodes"]
+    assert two.stats["program_status"] == ["OPTIMAL"] * 5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_callback_may_end_the_search(threads):
+    problem = make_problem(6, 8, PerRow(sparsity=0.5))
+
+    def stop(progress):
+        raise RuntimeError(f"enough after {progress.done}")
+
+    with pytest.raises(RuntimeError, match="enough after 1"):
+        solve(problem, "scip", threads=threads, callback=stop)
+
+
+def test_trace_runs_from_the_start_to_the_optimum():
+    problem = make_problem(3, 10, PerRow(sparsity=0.5), seed=6)
+    start = random_mask(problem)
+    solution = solve(problem, "scip", start=start)
+    first, last = solution.trace
+    assert first.objective == float(problem.objective(start).sum())
+    assert last.objective == pytest.approx(float(solution.objective.sum()))
+    assert last.bound == pytest.approx(float(solution.bound.sum()))
+
+
+@given(st.integers(1, 6), st.integers(0, 2**16))
+def test_what_the_factor_lacks_is_accounted_for(d, seed):
+    generator = np.random.default_rng(seed)
+    matrix = generator.normal(size=(d, d))
+    matrix = (matrix + matrix.T) / 2  # indefinite, far beyond rounding
+    factor, missing = _factor(matrix)
+    for bits in itertools.product([0.0, 1.0], repeat=d):
+        x = np.array(bits)
+        assert x @ matrix @ x >= np.square(factor @ x).sum() - missing - 1e-12
+    matrix = matrix @ matrix
+    factor, missing = _factor(matrix)
+    assert missing <= 1e-7 * max(1.0, matrix.trace())
+    np.testing.assert_allclose(factor.T @ factor, matrix, atol=1e-8 * max(1.0, matrix.trace()))
+
+
+def test_shared_out_bounds_keep_their_sum_and_stay_below():
+    objective = torch.tensor([3.0, -1.0, 0.0], dtype=torch.float64)
+    bounds = shared_out(1.0, objective)
+    assert bounds.tolist() == [2.25, -1.25, 0.0]
+    assert shared_out(5.0, objective).tolist() == objective.tolist()
+    assert shared_out(-4.0, torch.zeros(2, dtype=torch.float64)).tolist() == [-2.0, -2.0]
+
+
+class _Contradictory(PerRow):
+    def constraints(self, shape):
+        spelled = super().constraints(shape)
+        return type(spelled)(spelled.matrix, spelled.lower + 9, spelled.upper + 9)
+
+
+def test_a_pattern_without_masks_is_refused():
+    problem = make_problem(1, 6, _Contradictory(keep=3))
+    with pytest.raises(InvalidInput, match="No mask follows the pattern keep 3 per row"):
+        solve(problem, "scip")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"rel_gap": -1.0}, "rel_gap=-1.0 is negative"),
+        ({"node_limit": 0}, "node_limit=0 solves nothing"),
+        ({"threads": 0}, "threads=0 solves nothing"),
+    ],
+)
+def test_senseless_options_are_refused(option, message):
+    with pytest.raises(InvalidInput, match=message):
+        solve(make_problem(1, 4, PerRow(keep=2)), "scip", **option)
