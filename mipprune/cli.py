@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 
 from solvers import NM, InvalidInput, Pattern, PerLayer, PerRow
 
@@ -53,16 +54,21 @@ def demo(
         "mipprune-demo"
     ),
     samples: Annotated[int, typer.Option(help="Windows to calibrate and to evaluate on.")] = 128,
+    row_seconds: Annotated[float, typer.Option(help="Most seconds to bound a row.")] = 8.0,
     seed: Seed = 0,
 ) -> None:
     """Prune the embedded GPT in several ways and compare them, offline."""
-    from .demo import METHODS, PATTERNS, run_demo
+    from .demo import CERTIFIED_LAYER, CERTIFIED_ROWS, METHODS, PATTERNS, run_demo
     from .report import demo_table
 
     _quiet_transformers()
     with _progress(runs=len(METHODS) * len(PATTERNS)) as observe:
-        rows = run_demo(out, samples=samples, seed=seed, observer=observe)
+        rows = run_demo(out, samples=samples, seed=seed, row_seconds=row_seconds, observer=observe)
     _out.print(demo_table(rows))
+    _out.print(
+        f"Gap at most: how far the masks of {len(CERTIFIED_ROWS)} rows of {CERTIFIED_LAYER} "
+        "can be from the best ones, proven."
+    )
     for row in rows:
         if row.loss_reduction is not None:
             _out.print(
@@ -129,7 +135,7 @@ def prune(
             solver_options=options,
             observer=observe(f"{model}, {chosen_pattern}"),
         )
-    report.settings["model"] = model
+    report.settings.update(model=model, calibration=calibration, dtype=dtype)
     save(out, loaded.model, loaded.tokenizer, report, loaded.stored_dtype)
     _out.print(layer_table(report))
     _print_warnings(report)
@@ -304,6 +310,49 @@ def compare(
 
 
 @app.command()
+def certify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a pruned model.", show_default=False)],
+    rows: Annotated[int, typer.Option(help="Rows per layer, at random; 0 for all.")] = 16,
+    row_seconds: Annotated[float, typer.Option(help="Most seconds per row.")] = 10.0,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Bound how far each layer's mask is from the best; write certificates into the folder."""
+    from .certify import certify as run
+    from .report import certificate_table
+
+    _quiet_transformers()
+    with _err.status("") as status:
+        found = run(
+            folder,
+            rows=rows or None,
+            row_seconds=row_seconds,
+            seed=seed,
+            device=device,
+            observer=_phases(status),
+        )
+    _out.print(certificate_table(found))
+    _out.print(f"Written: {folder / 'certificates'}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def check(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a certified model.", show_default=False)
+    ],
+) -> None:
+    """Verify a folder's certificates from its files alone, apart from all solvers."""
+    from .certify import check_folder
+
+    verified = check_folder(folder)
+    rows = sum(count for count, _ in verified.values())
+    _out.print(
+        f"{rows} rows of {len(verified)} layers verified; "
+        f"largest layer gap {max(gap for _, gap in verified.values()):.2%}."
+    )
+
+
+@app.command()
 def solvers() -> None:
     """List the solvers, what they can do, and why one cannot run here."""
     from rich.box import SIMPLE_HEAD
@@ -367,6 +416,17 @@ def _load(model: str, device: str, dtype: str) -> Any:
     _quiet_transformers()
     with _err.status(f"Reading {model}"):
         return load_model(model, resolve_device(device), dtype)  # type: ignore[arg-type]
+
+
+def _phases(status: Status) -> Observer:
+    """An observer that shows the current phase."""
+    from .prune import Observer
+
+    class PhaseObserver(Observer):
+        def phase(self, text: str) -> None:
+            status.update(escape(text))
+
+    return PhaseObserver()
 
 
 def _quiet_transformers() -> None:

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 
-from solvers import NM, Pattern, PerRow
+from solvers import NM, MaskProblem, Pattern, PerRow, solve
 
 from .calibration import cut_windows, read_texts
 from .checkpoint import write_json
 from .embedded import MODEL_NAME
 from .evaluate import perplexity
 from .models import load_model
-from .prune import Observer, environment, prune
+from .prune import Observer, environment, layer_problem, prune
 from .report import demo_plot
 
 WINDOW = 256
 """Tokens per window: what the embedded model was trained on."""
+
+CERTIFIED_LAYER = "model.layers.0.self_attn.q_proj"
+CERTIFIED_ROWS = [17, 80, 143, 206]
 
 PATTERNS: dict[str, Pattern] = {"60 % per row": PerRow(sparsity=0.6), "2:4": NM(keep=2, group=4)}
 METHODS: dict[str, tuple[str, str | None]] = {
@@ -49,6 +52,9 @@ class DemoRow:
         Of the whole pruning run.
     mask_hash
         Of all masks.
+    certified_gap
+        How far the masks of `CERTIFIED_ROWS` rows of `CERTIFIED_LAYER` can be from the best
+        ones, at most: mean of ``(loss - bound) / loss``.
     """
 
     pattern: str
@@ -58,6 +64,7 @@ class DemoRow:
     perplexity: float
     seconds: float | None
     mask_hash: str | None
+    certified_gap: float | None
 
 
 def run_demo(
@@ -65,6 +72,7 @@ def run_demo(
     *,
     samples: int = 128,
     seed: int = 0,
+    row_seconds: float = 8.0,
     observer: Callable[[str], Observer] | None = None,
 ) -> list[DemoRow]:
     """Prune the embedded model in every way, write ``demo.json`` and ``demo.png`` into ``out``.
@@ -77,6 +85,8 @@ def run_demo(
         Windows of `WINDOW` tokens, as many to calibrate as to evaluate.
     seed
         Of the windows.
+    row_seconds
+        Most seconds to bound a row.
     observer
         Given a title, the observer of that run.
     """
@@ -87,8 +97,15 @@ def run_demo(
         source, texts = read_texts(None, side)
         sides[side] = cut_windows(texts, source, loaded.tokenizer, WINDOW, samples, seed)
     dense = perplexity(loaded.model, sides["evaluation"])
-    rows = [DemoRow("dense", "–", None, None, dense.perplexity, None, None)]
+    rows = [DemoRow("dense", "–", None, None, dense.perplexity, None, None, None)]
+    # Block 0 sees the same inputs whatever is pruned, so one bound serves all methods.
+    layer = layer_problem(
+        loaded.model, loaded.tokenizer, sides["calibration"], CERTIFIED_LAYER, samples=samples
+    )
     for pattern_name, pattern in PATTERNS.items():
+        sample = MaskProblem(layer.weight, layer.gram, pattern).rows(CERTIFIED_ROWS)
+        bound = solve(sample, "semidefinite", row_seconds=row_seconds).bound
+        assert bound is not None
         for method, (solver, start) in METHODS.items():
             loaded = load_model(MODEL_NAME, device)
             report = prune(
@@ -104,6 +121,7 @@ def run_demo(
                 observer=observer(f"{pattern_name}, {method}") if observer else None,
             )
             start_loss = report.loss_start
+            losses = sample.objective(report.masks[CERTIFIED_LAYER][CERTIFIED_ROWS])
             rows.append(
                 DemoRow(
                     pattern=pattern_name,
@@ -113,6 +131,7 @@ def run_demo(
                     perplexity=perplexity(loaded.model, sides["evaluation"]).perplexity,
                     seconds=report.seconds,
                     mask_hash=report.mask_hash,
+                    certified_gap=float(((losses - bound) / losses).mean()),
                 )
             )
     record = {

@@ -16,6 +16,7 @@ from solvers.files import replaced_on_success
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .certify import LayerCertificate
     from .compare import Comparison
     from .demo import DemoRow
     from .prune import LayerResult, PruneReport
@@ -37,6 +38,29 @@ def layer_table(report: PruneReport) -> Table:
         table.add_row(kind, *_sums(layers))
     table.add_section()
     table.add_row("all", *_sums(report.layers))
+    return table
+
+
+def certificate_table(certificates: Sequence[LayerCertificate]) -> Table:
+    """What is proven of every layer."""
+    table = Table(title="Gap to the best mask there is, at most", box=SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
+    for column in ("rows", "loss", "gap", "mean row gap"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in certificates:
+        margin = "" if one.margin is None else f" ± {one.margin:.2%}"
+        table.add_row(
+            one.name,
+            str(len(one.rows)),
+            f"{one.loss:.4g}",
+            f"{one.gap:.2%}",
+            f"{one.mean_row_gap:.2%}{margin}",
+        )
+    loss, bound = sum(one.loss for one in certificates), sum(one.bound for one in certificates)
+    table.add_section()
+    rows = sum(len(one.rows) for one in certificates)
+    gap = f"{(loss - bound) / loss:.2%}" if loss else "0 %"
+    table.add_row("all", str(rows), f"{loss:.4g}", gap, "")
     return table
 
 
@@ -65,7 +89,7 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
     table = Table(title="The embedded GPT, pruned", box=SIMPLE_HEAD)
     table.add_column("pattern")
     table.add_column("masks")
-    for column in ("layer loss / wanda", "perplexity", "seconds"):
+    for column in ("layer loss / wanda", "gap at most", "perplexity", "seconds"):
         table.add_column(column, justify="right")
     last = rows[0].pattern
     for row in rows:
@@ -76,6 +100,7 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
             row.pattern,
             row.method,
             "–" if row.relative_loss is None else f"{row.relative_loss:.3f}",
+            "–" if row.certified_gap is None else f"{row.certified_gap:.1%}",
             f"{row.perplexity:.2f}",
             "–" if row.seconds is None else f"{row.seconds:.1f}",
         )

@@ -11,7 +11,16 @@ from .errors import InvalidInput
 from .frank_wolfe import FrankWolfe
 from .hull import Domain, HullSolution, minimize
 from .linear import Linear
-from .pattern import NM, CellPattern, Constraints, Neighbourhood, Pattern, PerLayer, PerRow
+from .pattern import (
+    NM,
+    CellPattern,
+    Constraints,
+    Neighbourhood,
+    Pattern,
+    PerLayer,
+    PerRow,
+    pattern_from_dict,
+)
 from .problem import MaskProblem
 from .registry import SolverInfo, available, get_solver, register, solve
 from .saliency import RIA, Magnitude, Wanda
@@ -56,6 +65,7 @@ __all__ = [
     "available",
     "get_solver",
     "minimize",
+    "pattern_from_dict",
     "register",
     "solve",
     "structured",

@@ -357,6 +357,20 @@ class NM(CellPattern):
         return f"{self.keep}:{self.group}"
 
 
+def pattern_from_dict(record: dict[str, Any]) -> Pattern:
+    """The pattern that `Pattern.to_dict` described; `InvalidInput` if it describes none here."""
+    kinds: dict[str, type[PerRow | PerLayer | NM]] = {
+        "per_row": PerRow,
+        "per_layer": PerLayer,
+        "nm": NM,
+    }
+    fields = {name: value for name, value in record.items() if name != "kind"}
+    try:
+        return kinds[record["kind"]](**fields)
+    except (KeyError, TypeError):
+        raise InvalidInput(f"{record} describes no pattern known here.") from None
+
+
 def _shape(values: Tensor) -> Shape:
     rows, inputs = values.shape
     return rows, inputs

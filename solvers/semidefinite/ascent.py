@@ -18,7 +18,8 @@ _ITERATIONS = 30
 _THRESHOLD = 1e-3
 _STALL_ROUNDS = 6
 _TRIANGLE_EVERY = 4
-_THREADS_PAY_FROM = 600
+THREADS_PAY_FROM = 600
+"""Inputs from which BLAS threads gain more than solving rows side by side."""
 
 
 @dataclass(frozen=True)
@@ -137,4 +138,4 @@ def _blas_threads(inputs: int) -> AbstractContextManager[object]:
     """One BLAS thread where more would only wait for each other."""
     from threadpoolctl import threadpool_limits
 
-    return nullcontext() if inputs > _THREADS_PAY_FROM else threadpool_limits(1, user_api="blas")
+    return nullcontext() if inputs >= THREADS_PAY_FROM else threadpool_limits(1, user_api="blas")

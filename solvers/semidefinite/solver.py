@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..registry import register
 from ..solution import Status, TracePoint
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
-from .ascent import Bounded, strengthen
+from .ascent import THREADS_PAY_FROM, Bounded, strengthen
 from .cuts import Array
 from .program import BinaryProgram, independent_parts, spread
 from .witness import certificate
@@ -77,31 +78,40 @@ class Semidefinite(Solver):
         best = Swap().solve(problem, start=start)
         mask, objective = best.mask.clone(), best.objective.clone()
         bound = torch.zeros_like(objective)
-        found: list[Bounded] = []
-        certificates: list[Certificate] = []
-        trace = [TracePoint(clock.seconds, float(objective.sum()))]
-        for done, rows in enumerate(parts):
+        workers = torch.get_num_threads() if problem.shape[1] < THREADS_PAY_FROM else 1
+
+        def bounded(at: int) -> tuple[BinaryProgram, Incumbent, Bounded]:
+            rows = parts[at]
             incumbent = Incumbent(problem.rows(rows), mask[rows], objective[rows])
             program = BinaryProgram.of(incumbent.problem)
+            turns = -(-(len(parts) - at) // workers)
             result = strengthen(
                 program,
                 incumbent.total,
                 rel_gap=self.rel_gap,
                 max_rounds=self.rounds,
-                seconds=min(self.row_seconds, clock.remaining / (len(parts) - done)),
+                seconds=min(self.row_seconds, clock.remaining / turns),
                 least_gain=0.03,
                 triangles=self.triangles,
                 improved=incumbent.improve,
             )
-            mask[rows], objective[rows] = incumbent.mask, incumbent.objective
-            bound[rows] = incumbent.spread(result.bound)
-            found.append(result)
-            if not problem.pattern.coupled:
-                kept = incumbent.mask[0].cpu().numpy()
-                certificates.append(certificate(rows[0], kept, program, result.witness))
-            trace.append(TracePoint(clock.seconds, float(objective.sum())))
-            if callback is not None:
-                callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
+            return program, incumbent, result
+
+        found: list[Bounded] = []
+        certificates: list[Certificate] = []
+        trace = [TracePoint(clock.seconds, float(objective.sum()))]
+        with ThreadPoolExecutor(workers) as pool:
+            for rows, answer in zip(parts, pool.map(bounded, range(len(parts))), strict=True):
+                program, incumbent, result = answer
+                mask[rows], objective[rows] = incumbent.mask, incumbent.objective
+                bound[rows] = incumbent.spread(result.bound)
+                found.append(result)
+                if not problem.pattern.coupled:
+                    kept = incumbent.mask[0].cpu().numpy()
+                    certificates.append(certificate(rows[0], kept, program, result.witness))
+                trace.append(TracePoint(clock.seconds, float(objective.sum())))
+                if callback is not None:
+                    callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
         trace[-1] = TracePoint(clock.seconds, float(objective.sum()), float(bound.sum()))
         gap = objective - bound
         closed = bool((gap <= self.rel_gap * objective.abs() + 1e-300).all())

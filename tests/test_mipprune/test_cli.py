@@ -79,7 +79,7 @@ def test_problem_writes_a_layer(run, tmp_path):
 
 
 def test_demo_writes_table_json_and_picture(run, tmp_path):
-    code, printed, _ = run("demo", "--out", tmp_path, "--samples", "2")
+    code, printed, _ = run("demo", "--out", tmp_path, "--samples", "2", "--row-seconds", "0.5")
     assert code == 0
     assert "wanda + swap" in printed
     record = json.loads((tmp_path / "demo.json").read_text())
@@ -89,6 +89,8 @@ def test_demo_writes_table_json_and_picture(run, tmp_path):
     assert record["rows"][0]["pattern"] == "dense"
     assert all(row["perplexity"] > 1 for row in record["rows"])
     assert record["rows"][4]["relative_loss"] < 1 == record["rows"][2]["relative_loss"]
+    gaps = [row["certified_gap"] for row in record["rows"][1:5]]
+    assert 0 <= gaps[3] == min(gaps) < max(gaps) < 1
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.png"]
 

@@ -1,0 +1,291 @@
+"""Certificates for a pruned model: how far each layer's mask can be from the best one.
+
+The run is repeated from the record: same dense model, same calibration tokens, same masks, so
+that every layer's problem is rebuilt; then rows are bounded from below, all or a random sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solvers import InvalidInput, MaskProblem, Pattern, pattern_from_dict, solve
+from solvers.certificate import check, load_certificates, save_certificates
+
+from .calibration import Windows
+from .checkpoint import RECORD_FILE, load_masks, write_json
+from .models import LoadedModel, find_blocks, load_model, resolve_device
+from .prune import Observer, calibration_windows
+from .walk import BlockWalk
+
+FOLDER = "certificates"
+_REPRODUCED = 1e-3
+"""A layer's loss may differ by so much, relatively, from the record's (other machines round
+otherwise); beyond it, this is not the run that the record describes."""
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """What is proven about one layer's mask.
+
+    Attributes
+    ----------
+    name
+        The layer.
+    rows
+        Certified rows; all or a random sample.
+    loss, bound
+        Summed over these rows; no mask of the pattern loses less than the bound on them.
+    gap
+        ``(loss - bound) / loss``.
+    mean_row_gap, margin
+        Mean of the rows' gaps, and the half width of its 95 % confidence interval for the whole
+        layer (Student's t with finite population; 0 for all rows, None for a single one).
+    """
+
+    name: str
+    rows: list[int]
+    loss: float
+    bound: float
+    gap: float
+    mean_row_gap: float
+    margin: float | None
+
+
+def certify(
+    folder: str | Path,
+    *,
+    rows: int | None = 16,
+    row_seconds: float = 10.0,
+    seed: int = 0,
+    device: str = "auto",
+    model: LoadedModel | None = None,
+    calibration: str | Windows | None = None,
+    observer: Observer | None = None,
+) -> list[LayerCertificate]:
+    """Bound the layers of a pruned model; write certificates and results into its folder.
+
+    Parameters
+    ----------
+    folder
+        What `mipprune.save` wrote, with a record that names its model.
+    rows
+        Rows per layer, a random sample; None for all.
+    row_seconds
+        Most seconds per row.
+    seed
+        Of the sample.
+    device
+        For the model; bounds are computed on the CPU.
+    model
+        The dense model, if it is at hand already; it is pruned in place.
+    calibration
+        Instead of the record's, for a model that was pruned on ready windows.
+    observer
+        Told about phases.
+
+    Raises
+    ------
+    InvalidInput
+        If the folder holds no such model, its pattern couples rows, or the run it records cannot
+        be repeated here.
+    """
+    observer = observer or Observer()
+    folder = Path(folder)
+    record = read_record(folder)
+    settings = record["settings"]
+    pattern = _row_pattern(record)
+    if rows is not None and rows < 1:
+        raise InvalidInput(f"{rows} rows certify nothing; give at least 1.")
+    if model is None:
+        model = _dense_model(settings, device)
+    masks = load_masks(folder)
+    windows = calibration_windows(
+        model.model,
+        model.tokenizer,
+        calibration or settings.get("calibration"),
+        settings["samples"],
+        settings["seqlen"],
+        settings["seed"],
+    )
+    if windows.digest != record["calibration"]["sha256"]:
+        raise InvalidInput(
+            f"The calibration text '{windows.source}' gives other tokens here than when {folder} "
+            "was pruned; certify with the text and versions of its record."
+        )
+    blocks_name, blocks = find_blocks(model.model, settings["blocks"])
+    recorded = {layer["name"]: layer for layer in record["layers"]}
+    observer.begin(len(blocks), len(recorded))
+    walk = BlockWalk(model.model, blocks_name, blocks, windows.tokens, settings["batch_size"])
+    results = []
+    for index in range(len(walk)):
+        step = walk.visit(index)
+        for at, layer in enumerate(step.layers):
+            observer.phase(layer.name.removeprefix(f"{blocks_name}."))
+            mask = masks[layer.name]
+            problem = MaskProblem(layer.weight, step.grams.gram(layer).matrix, pattern).to("cpu")
+            _must_reproduce(layer.name, problem, mask, recorded[layer.name]["loss"])
+            chosen = _sample(problem.shape[0], rows, (seed, index, at))
+            result = _certify_layer(folder, layer.name, problem, mask, chosen, row_seconds, seed)
+            results.append(result)
+            recorded[layer.name]["certificate"] = asdict(result)
+        for layer in step.layers:
+            layer.weight.masked_fill_(~masks[layer.name].to(layer.weight.device), 0.0)
+        if index + 1 < len(walk):
+            walk.leave(index, rerun=settings["grams"] == "pruned")
+    record["certificate"] = {"rows": rows, "row_seconds": row_seconds, "seed": seed}
+    write_json(folder / RECORD_FILE, record)
+    return results
+
+
+def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
+    """Verify all certificates of a folder from its files alone.
+
+    Returns
+    -------
+    dict
+        By layer: rows verified, and the gap proven for their summed loss.
+
+    Raises
+    ------
+    InvalidInput
+        If there are none, or one of them does not prove what it claims; it names the layer.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    pattern = _row_pattern(record)
+    certified = [layer for layer in record["layers"] if "certificate" in layer]
+    if not certified:
+        raise InvalidInput(f"{folder} has no certificates; make them with mipprune certify.")
+    masks = load_masks(folder)
+    verified = {}
+    for layer in certified:
+        name, claimed = layer["name"], layer["certificate"]
+        certificates, problem = _files(folder, name)
+        try:
+            rows = check(MaskProblem.load(problem, pattern), load_certificates(certificates))
+            for certificate, row in zip(
+                load_certificates(certificates), claimed["rows"], strict=True
+            ):
+                if not np.array_equal(certificate.mask, masks[name][row].numpy()):
+                    raise InvalidInput("a certified mask is not the model's.")
+        except InvalidInput as error:
+            raise InvalidInput(f"Layer {name}: {error}") from error
+        loss, bound = sum(row.objective for row in rows), sum(row.bound for row in rows)
+        if bound < claimed["bound"] - 1e-6 * abs(claimed["bound"]):
+            raise InvalidInput(
+                f"Layer {name}: the record claims the bound {claimed['bound']:.6g}, "
+                f"but its certificates prove {bound:.6g}."
+            )
+        verified[name] = (len(rows), (loss - bound) / loss if loss else 0.0)
+    return verified
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a pruned model's folder; `InvalidInput` if there is none."""
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        raise InvalidInput(
+            f"There is no {RECORD_FILE} in {folder}; it is no pruned model's folder."
+        )
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidInput(f"{path} is not JSON ({error}).") from error
+    return record
+
+
+def _row_pattern(record: dict[str, Any]) -> Pattern:
+    pattern = pattern_from_dict(record["settings"]["pattern"])
+    if pattern.coupled:
+        raise InvalidInput(
+            f"Rows under the pattern {pattern} share a budget and cannot be certified one by one; "
+            "only per-row and keep:group patterns can."
+        )
+    return pattern
+
+
+def _dense_model(settings: dict[str, Any], device: str) -> LoadedModel:
+    source = settings.get("model")
+    if source is None:
+        raise InvalidInput("The record does not name its model; pass the dense model.")
+    return load_model(source, resolve_device(device), settings.get("dtype", "auto"))
+
+
+def _must_reproduce(name: str, problem: MaskProblem, mask: Tensor, recorded: float) -> None:
+    loss = float(problem.objective(mask).sum())
+    if abs(loss - recorded) > _REPRODUCED * abs(recorded):
+        raise InvalidInput(
+            f"Layer {name} loses {loss:.6g} here but {recorded:.6g} in the record; "
+            "certify with the model and versions of the record."
+        )
+
+
+def _sample(rows: int, wanted: int | None, seed: tuple[int, ...]) -> list[int]:
+    if wanted is None or wanted >= rows:
+        return list(range(rows))
+    chosen = np.random.default_rng(seed).choice(rows, wanted, replace=False)
+    return sorted(int(row) for row in chosen)
+
+
+def _certify_layer(
+    folder: Path,
+    name: str,
+    problem: MaskProblem,
+    mask: Tensor,
+    chosen: list[int],
+    row_seconds: float,
+    seed: int,
+) -> LayerCertificate:
+    """Bound some rows, write their certificates, and sum up."""
+    part, kept = problem.rows(chosen), mask[chosen]
+    solution = solve(part, "semidefinite", start=kept, row_seconds=row_seconds, seed=seed)
+    # The solver may have found better masks; what is certified is the model's own.
+    certificates = [
+        dataclasses.replace(certificate, mask=kept[certificate.row].numpy())
+        for certificate in solution.certificates
+    ]
+    verified = check(part, certificates)
+    certificates_file, problem_file = _files(folder, name)
+    part.save(problem_file)
+    save_certificates(certificates_file, certificates)
+    loss, bound = sum(row.objective for row in verified), sum(row.bound for row in verified)
+    gaps = torch.tensor([row.gap for row in verified], dtype=torch.float64)
+    return LayerCertificate(
+        name=name,
+        rows=chosen,
+        loss=loss,
+        bound=bound,
+        gap=(loss - bound) / loss if loss else 0.0,
+        mean_row_gap=float(gaps.mean()),
+        margin=_margin(gaps, problem.shape[0]),
+    )
+
+
+def _margin(gaps: Tensor, population: int) -> float | None:
+    """Half width of the 95 % confidence interval of the mean over the whole population."""
+    n = len(gaps)
+    if n == population:
+        return 0.0
+    if n == 1:
+        return None
+    from scipy.stats import t
+
+    error = float(gaps.std()) / math.sqrt(n) * math.sqrt(1 - n / population)
+    return float(t.ppf(0.975, n - 1)) * error
+
+
+def _files(folder: Path, layer: str) -> tuple[Path, Path]:
+    """Certificate file and problem file of a layer."""
+    safe = layer.replace(os.sep, "_")
+    base = folder / FOLDER
+    return base / f"{safe}.safetensors", base / f"{safe}.problem.safetensors"
