@@ -24,8 +24,7 @@ from .pattern import Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
-from .scip import shared_out
-from .solution import Status
+from .solution import Status, shared_out
 from .solver import Callback, Clock, Outcome, Progress, Solver
 
 Floats = npt.NDArray[np.float64]

@@ -26,7 +26,7 @@ from .pattern import CellPattern, Pattern
 from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
-from .solution import Status, TracePoint
+from .solution import Status, TracePoint, shared_out
 from .solver import Callback, Clock, Outcome, Progress, Solver
 from .swap.rows import ScaledRows
 
@@ -469,7 +469,7 @@ class _Run:
         if self._lower is None:
             bound = (value - gap - _doubt(last, gradient, vertex)) * rows.unit
             if batch.joint:
-                bound = _spread(bound.sum(), objective)
+                bound = shared_out(float(bound.sum()), objective)
         stats: dict[str, Any] = {
             "step": self._step,
             "iterations": int(self._iterations.max()),
@@ -637,12 +637,3 @@ def _shift(gram: Tensor) -> float:
         if int(torch.linalg.cholesky_ex(shifted).info) == 0:
             return shift + error
         shift *= 8
-
-
-def _spread(bound: Tensor, objective: Tensor) -> Tensor:
-    """A bound on the sum, as one number per row, none above the row's loss."""
-    excess = (objective.sum() - bound).clamp_min(0)
-    size = objective.abs()
-    total = size.sum()
-    share = size / total if float(total) > 0 else torch.full_like(size, 1 / len(size))
-    return objective - excess * share

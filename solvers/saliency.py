@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput
-from .pattern import CellPattern
+from .pattern import Pattern
 from .problem import MaskProblem
 from .registry import register
 from .solution import Status
@@ -21,9 +21,9 @@ from .solver import Callback, Clock, Outcome, Solver
 
 
 class Saliency(Solver):
-    """A solver that rounds a score per weight."""
+    """A solver that keeps the highest summed score that the pattern allows."""
 
-    patterns = (CellPattern,)
+    patterns = (Pattern,)
 
     @abstractmethod
     def score(self, problem: MaskProblem) -> Tensor:
@@ -37,7 +37,7 @@ class Saliency(Solver):
         seed: int,
         callback: Callback | None,
     ) -> Outcome:
-        return Outcome(problem.pattern.round(self.score(problem)), Status.FEASIBLE)
+        return Outcome(problem.pattern.lmo(-self.score(problem)), Status.FEASIBLE)
 
 
 @register

@@ -20,7 +20,7 @@ from .pattern import Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
-from .solution import Status, TracePoint
+from .solution import Status, TracePoint, shared_out
 from .solver import Callback, Clock, Outcome, Progress, Solver
 
 Floats = npt.NDArray[np.float64]
@@ -379,11 +379,3 @@ def _entries(constraints: Constraints, i: int) -> tuple[Any, Floats]:
     """Places and values of the coefficients of constraint ``i``."""
     part = slice(*constraints.matrix.indptr[i : i + 2])
     return constraints.matrix.indices[part], constraints.matrix.data[part]
-
-
-def shared_out(bound: float, objective: Tensor) -> Tensor:
-    """Bounds of rows, float64 ``[rows]``, that sum to ``bound`` and exceed no objective."""
-    gap = max(0.0, float(objective.sum()) - bound)
-    size = objective.abs()
-    share = size / size.sum() if float(size.sum()) > 0 else torch.full_like(size, 1 / len(size))
-    return objective - gap * share

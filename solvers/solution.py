@@ -85,3 +85,14 @@ class MaskSolution:
             f"MaskSolution({self.solver}, {rows} rows, {d} inputs, "
             f"objective {float(self.objective.sum()):.6g}{gap}, {self.status.name})"
         )
+
+
+def shared_out(bound: float, objective: Tensor) -> Tensor:
+    """A bound on the sum as bounds of rows, float64 ``[rows]``, none above its objective.
+
+    For rows that are only bounded together: only the sum of these numbers means anything.
+    """
+    gap = max(0.0, float(objective.sum()) - bound)
+    size = objective.abs()
+    share = size / size.sum() if float(size.sum()) > 0 else torch.full_like(size, 1 / len(size))
+    return objective - gap * share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from ..pattern import CellPattern
+from ..pattern import CellPattern, Pattern
 from ..problem import MaskProblem
 from ..registry import register
 from ..semidefinite.ascent import strengthen
@@ -17,9 +18,10 @@ from ..semidefinite.dual import Multipliers
 from ..semidefinite.program import BinaryProgram, independent_parts
 from ..semidefinite.solver import Incumbent
 from ..semidefinite.witness import ConvexForm
-from ..solution import Status, TracePoint
+from ..solution import Status, TracePoint, shared_out
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
+from .hull import solve_over_hull
 from .tree import Branching, NodeSelection, Tree, TreeLimits, TreeResult
 
 
@@ -54,6 +56,10 @@ class BranchAndBound(Solver):
         Whether to fix inputs by the dual gap.
     batch
         Nodes expanded at once.
+    hull
+        For a `Linear` pattern, whose nodes have no cells: whether the oracle is the mixed-integer
+        one (the hull) or that of the continuous relaxation. The options above that shape the
+        tree of cells do not matter there, and bounds hold for the sum over rows.
 
     Notes
     -----
@@ -71,10 +77,11 @@ class BranchAndBound(Solver):
     node_selection: NodeSelection = "best_first"
     tighten: bool = True
     batch: int = 64
+    hull: bool = True
 
     name = "branch_and_bound"
     summary = "proven optima: branch and bound over reformulated Frank-Wolfe relaxations"
-    patterns = (CellPattern,)
+    patterns = (Pattern,)
     exact = True
     gives_bound = True
     needs_start = True
@@ -104,6 +111,8 @@ class BranchAndBound(Solver):
         callback: Callback | None,
     ) -> Outcome:
         assert start is not None
+        if not isinstance(problem.pattern, CellPattern):
+            return self._search_hull(problem, start, clock)
         parts = independent_parts(problem)
         best = Swap().solve(problem, start=start)
         mask, objective = best.mask.clone(), best.objective.clone()
@@ -137,6 +146,32 @@ class BranchAndBound(Solver):
             bound=bound,
             stats={**stats, "steps": steps, "fixed": fixed},
             trace=trace,
+        )
+
+    def _search_hull(self, problem: MaskProblem, start: Tensor, clock: Clock) -> Outcome:
+        """The tree for a pattern that is known by its oracle alone."""
+        mask, solution, unit = solve_over_hull(
+            problem,
+            start,
+            rel_gap=self.rel_gap,
+            hull=self.hull,
+            max_nodes=self.max_nodes,
+            time_limit=None if math.isinf(clock.remaining) else max(clock.remaining, 1e-3),
+        )
+        bound = shared_out(solution.bound * unit, problem.objective(mask))
+        return Outcome(
+            mask=mask,
+            status=solution.status,
+            bound=bound,
+            stats={"nodes": [solution.stats["nodes"]], "lmo_calls": solution.stats["lmo_calls"]},
+            trace=[
+                TracePoint(
+                    point.time,
+                    point.objective * unit,
+                    None if point.bound is None else point.bound * unit,
+                )
+                for point in solution.trace
+            ],
         )
 
     def _solve_part(self, incumbent: Incumbent, clock: Clock) -> tuple[float, TreeResult]:

@@ -111,14 +111,3 @@ def independent_parts(problem: MaskProblem) -> list[list[int]]:
     """Rows that must be solved together: one by one, or all where they share a budget."""
     rows = range(problem.shape[0])
     return [list(rows)] if problem.pattern.coupled else [[row] for row in rows]
-
-
-def spread(bound: float, objective: Array) -> Array:
-    """Bounds of rows that are only bounded together; only their sum means anything."""
-    missing = max(0.0, float(objective.sum()) - bound)
-    weight = np.abs(objective)
-    share = (
-        weight / weight.sum() if weight.sum() > 0 else np.full(len(objective), 1 / len(objective))
-    )
-    found: Array = objective - missing * share
-    return found

@@ -14,12 +14,12 @@ from ..errors import InvalidInput
 from ..pattern import CellPattern
 from ..problem import MaskProblem
 from ..registry import register
-from ..solution import Status, TracePoint
+from ..solution import Status, TracePoint, shared_out
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
 from .ascent import THREADS_PAY_FROM, Bounded, strengthen
 from .cuts import Array
-from .program import BinaryProgram, independent_parts, spread
+from .program import BinaryProgram, independent_parts
 from .witness import certificate
 
 
@@ -91,7 +91,7 @@ class Semidefinite(Solver):
                 rel_gap=self.rel_gap,
                 max_rounds=self.rounds,
                 seconds=min(self.row_seconds, clock.remaining / turns),
-                least_gain=0.03,
+                least_gain=0.02,
                 triangles=self.triangles,
                 improved=incumbent.improve,
             )
@@ -164,4 +164,4 @@ class Incumbent:
 
     def spread(self, bound: float) -> Tensor:
         """A bound of the total as bounds of the rows, none above its objective."""
-        return torch.from_numpy(spread(bound, self.objective.cpu().numpy())).to(self.objective)
+        return shared_out(bound, self.objective)

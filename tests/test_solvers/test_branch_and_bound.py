@@ -2,9 +2,10 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from helpers import KINDS, make_problem, optimum
 
-from solvers import NM, InvalidInput, PerLayer, PerRow, Status, solve
+from solvers import NM, InvalidInput, Linear, PerLayer, PerRow, Status, solve
 from solvers.branch_and_bound.nodes import solve_nodes
 from solvers.branch_and_bound.state import FREE, ONE, ZERO
 from solvers.semidefinite.program import BinaryProgram
@@ -118,3 +119,18 @@ def test_node_bounds_and_fixings_hold_for_every_mask_within(pattern):
 def test_wrong_options_are_refused(option):
     with pytest.raises(InvalidInput):
         solve(make_problem(1, 4, PerRow(sparsity=0.5)), "branch_and_bound", **option)
+
+
+@pytest.mark.parametrize("hull", [True, False])
+def test_linear_constraints_are_solved_over_the_hull(hull):
+    random = np.random.default_rng(4)
+    costs = random.integers(1, 9, 10)
+    pattern = Linear(costs[None], [0], [int(costs.sum() * 0.5)])
+    problem = make_problem(1, 10, pattern, seed=12)
+    solution = solve(problem, "branch_and_bound", rel_gap=1e-6, hull=hull)
+    every = torch.tensor(list(itertools.product([False, True], repeat=10)))
+    allowed = every[(every.numpy() @ costs <= costs.sum() * 0.5)]
+    least = min(float(problem.objective(mask[None])) for mask in allowed)
+    assert solution.status is Status.OPTIMAL
+    assert float(solution.objective) == pytest.approx(least, rel=2e-6)
+    assert float(solution.bound) <= least * (1 + 1e-9)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, Linear, MaskProblem, PerLayer, PerRow, Status, solve
-from solvers.scip import _factor, shared_out
+from solvers.scip import _factor
+from solvers.solution import shared_out
 
 PATTERNS = [PerRow(sparsity=0.6), PerRow(keep=0), PerRow(keep=8), NM(keep=2, group=4)]
 

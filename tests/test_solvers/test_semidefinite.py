@@ -8,7 +8,7 @@ from helpers import KINDS, make_problem, optimum, random_mask
 from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, Status, solve
 from solvers.semidefinite.cuts import FAMILIES, Cuts, separate
 from solvers.semidefinite.dual import DualAscent, Multipliers, projected
-from solvers.semidefinite.program import BinaryProgram, spread
+from solvers.semidefinite.program import BinaryProgram
 from solvers.semidefinite.witness import ConvexForm, Witness, is_verified, verified_shift
 
 PATTERNS = [PerRow(sparsity=0.5), NM(keep=2, group=4), PerRow(keep=0), PerRow(keep=8)]
@@ -145,14 +145,6 @@ def test_verification_is_not_fooled():
     assert shift >= max(0.0, -least)
     assert shift <= max(0.0, -least) + 1e-8
     assert not is_verified(matrix - 10 * np.eye(20), normals, shift)
-
-
-def test_spread_bounds_sum_to_the_bound():
-    objective = np.array([3.0, 0.0, 1.0])
-    assert spread(3.0, objective).sum() == pytest.approx(3.0)
-    assert (spread(3.0, objective) <= objective).all()
-    assert (spread(9.0, objective) == objective).all()
-    assert spread(-1.0, np.zeros(2)).sum() == pytest.approx(-1.0)
 
 
 def test_what_is_no_single_program_is_refused():
