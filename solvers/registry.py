@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from .errors import InvalidInput
 from .linear import Linear
-from .pattern import NM, PerLayer, PerRow
+from .pattern import NM, Pattern, PerLayer, PerRow
 from .problem import ArrayLike, MaskProblem
 from .solution import MaskSolution
 from .solver import Callback, Solver
@@ -63,6 +63,15 @@ def available() -> tuple[SolverInfo, ...]:
             unavailable=s.unable(),
         )
         for s in _SOLVERS.values()
+    )
+
+
+def available_for(pattern: Pattern) -> tuple[str, ...]:
+    """Names of the solvers that take a pattern and can run here."""
+    return tuple(
+        name
+        for name, solver in _SOLVERS.items()
+        if isinstance(pattern, solver.patterns) and solver.unable() is None
     )
 
 

@@ -169,7 +169,10 @@ class Solver(ABC):
             if importlib.util.find_spec(module) is None:
                 return f"Solver '{cls.name}' needs {module}: pip install {module}."
         if pattern is not None and not isinstance(pattern, cls.patterns):
-            return f"Solver '{cls.name}' cannot do the pattern {pattern}."
+            from .registry import available_for  # the registry knows this module
+
+            able = ", ".join(available_for(pattern)) or "none"
+            return f"Solver '{cls.name}' cannot do the pattern {pattern}; these can: {able}."
         return None
 
     @classmethod

@@ -46,6 +46,8 @@ class BranchAndBound(Solver):
         Share of a row's time for the reformulation.
     root_rounds, root_gain
         Most rounds of it, and the share of the gap that six rounds must close to go on.
+    root_triangles_above
+        Relative gap above which triangle inequalities are added before giving up.
     max_nodes
         Limit on the nodes of a row.
     branching
@@ -71,6 +73,7 @@ class BranchAndBound(Solver):
     root_share: float = 0.3
     root_rounds: int = 120
     root_gain: float = 0.15
+    root_triangles_above: float = 0.02
     max_nodes: int | None = None
     max_steps: int = 2000
     branching: Branching = "curvature"
@@ -191,6 +194,7 @@ class BranchAndBound(Solver):
                 max_rounds=self.root_rounds,
                 seconds=self.root_share * clock.remaining,
                 least_gain=self.root_gain,
+                triangles_above=self.root_triangles_above,
                 improved=incumbent.improve,
             )
             multipliers, relaxed = root.witness.multipliers, root.relaxed

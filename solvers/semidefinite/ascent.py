@@ -17,7 +17,7 @@ from .witness import Witness
 _ITERATIONS = 30
 _THRESHOLD = 1e-3
 _STALL_ROUNDS = 6
-_TRIANGLE_EVERY = 4
+_TRIANGLE_EVERY = 2
 THREADS_PAY_FROM = 600
 """Inputs from which BLAS threads gain more than solving rows side by side."""
 
@@ -54,7 +54,7 @@ def strengthen(
     max_rounds: int,
     seconds: float,
     least_gain: float,
-    triangles: bool = False,
+    triangles_above: float,
     improved: Callable[[Array], float] | None = None,
 ) -> Bounded:
     """Raise the bound of a row until it meets the incumbent, stalls, or a limit is hit.
@@ -71,14 +71,15 @@ def strengthen(
         Limits; at least one round is made.
     least_gain
         Stop when six rounds close less than this share of the gap.
-    triangles
-        Whether to add triangle inequalities, too.
+    triangles_above
+        When that happens at a larger relative gap than this, triangle inequalities are added to
+        the pairwise ones, and the ascent goes on until it stalls again.
     improved
         Given the relaxed ``x`` after each round, a primal heuristic that returns the incumbent.
     """
     with _blas_threads(program.inputs):
         return _strengthen(
-            program, incumbent, rel_gap, max_rounds, seconds, least_gain, triangles, improved
+            program, incumbent, rel_gap, max_rounds, seconds, least_gain, triangles_above, improved
         )
 
 
@@ -89,7 +90,7 @@ def _strengthen(
     max_rounds: int,
     seconds: float,
     least_gain: float,
-    triangles: bool,
+    triangles_above: float,
     improved: Callable[[Array], float] | None,
 ) -> Bounded:
     began = time.perf_counter()
@@ -105,7 +106,7 @@ def _strengthen(
     scale = 0.1 / (program.inputs * (1 + program.ones))
     best_bound, best = -np.inf, Multipliers.zero(program.inputs)
     gaps: list[float] = []
-    rounds = 0
+    rounds, triangles = 0, False
     while rounds < max_rounds:
         ascent.ascend(scale * max(0.5, 3 * 0.95**rounds), _ITERATIONS)
         rounds += 1
@@ -120,7 +121,10 @@ def _strengthen(
             break
         gaps.append(target - best_bound)
         if len(gaps) > _STALL_ROUNDS and gaps[-1] > (1 - least_gain) * gaps[-1 - _STALL_ROUNDS]:
-            break
+            if triangles or gaps[-1] <= triangles_above * abs(target):
+                break
+            triangles = True
+            gaps.clear()
         with_triangles = triangles and rounds % _TRIANGLE_EVERY == 0
         ascent.add_cuts(10 * program.inputs, _THRESHOLD, with_triangles)
     witness = Witness.of(program, best.scaled(size))

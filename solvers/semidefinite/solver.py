@@ -39,8 +39,8 @@ class Semidefinite(Solver):
         Most rounds of dual ascent per row.
     row_seconds
         Most seconds per row.
-    triangles
-        Whether to add triangle inequalities to the pairwise ones.
+    triangles_above
+        Relative gap above which triangle inequalities are added when the pairwise ones stall.
 
     Notes
     -----
@@ -51,7 +51,7 @@ class Semidefinite(Solver):
     rel_gap: float = 1e-4
     rounds: int = 200
     row_seconds: float = 60.0
-    triangles: bool = False
+    triangles_above: float = 0.01
 
     name = "semidefinite"
     summary = "certified bounds by semidefinite duality with cuts; masks by rounding and swaps"
@@ -92,7 +92,7 @@ class Semidefinite(Solver):
                 max_rounds=self.rounds,
                 seconds=min(self.row_seconds, clock.remaining / turns),
                 least_gain=0.02,
-                triangles=self.triangles,
+                triangles_above=self.triangles_above,
                 improved=incumbent.improve,
             )
             return program, incumbent, result
