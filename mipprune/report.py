@@ -87,9 +87,9 @@ def _ratio(loss: float, reference: float) -> str:
 def demo_table(rows: Sequence[DemoRow]) -> Table:
     """One line per method and pattern, the dense model first."""
     table = Table(title="The embedded GPT, pruned", box=SIMPLE_HEAD)
-    table.add_column("pattern")
-    table.add_column("masks")
-    for column in ("layer loss / wanda", "gap at most", "perplexity", "seconds"):
+    table.add_column("pattern", no_wrap=True)
+    table.add_column("masks", no_wrap=True)
+    for column in ("loss / wanda", "gap at most", "perplexity", "seconds"):
         table.add_column(column, justify="right")
     last = rows[0].pattern
     for row in rows:
