@@ -170,12 +170,11 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
     verified = {}
     for layer in certified:
         name, claimed = layer["name"], layer["certificate"]
-        certificates, problem = _files(folder, name)
+        certificates_file, problem_file = _files(folder, name)
         try:
-            rows = check(MaskProblem.load(problem, pattern), load_certificates(certificates))
-            for certificate, row in zip(
-                load_certificates(certificates), claimed["rows"], strict=True
-            ):
+            certificates = load_certificates(certificates_file)
+            rows = check(MaskProblem.load(problem_file, pattern), certificates)
+            for certificate, row in zip(certificates, claimed["rows"], strict=True):
                 if not np.array_equal(certificate.mask, masks[name][row].numpy()):
                     raise InvalidInput("a certified mask is not the model's.")
         except InvalidInput as error:

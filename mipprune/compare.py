@@ -6,12 +6,9 @@ that any of the solvers gave, and a heuristic without a bound of its own still g
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +26,8 @@ from solvers import (
 )
 from solvers.saliency import Saliency
 from solvers.solver import Clock
+
+from .environment import environment
 
 Observer: TypeAlias = Callable[[str, Progress], None]
 """Told the name of the solver at work, and its progress."""
@@ -230,7 +229,9 @@ def compare(
             "time_limit": time_limit,
             "seed": seed,
         },
-        environment=_environment(problem, list(chosen.values())),
+        environment=environment(
+            problem.device, (module for solver in chosen.values() for module in solver.requires)
+        ),
         pattern=problem.pattern,
         solutions=solutions,
         refused={name: refused[name] for name in chosen if name in refused},
@@ -294,26 +295,3 @@ def _warm_up(name: str, problem: MaskProblem) -> None:
             )
             solve(tiny, name, time_limit=_WARM_UP_SECONDS)
             return
-
-
-def _environment(problem: MaskProblem, solvers: Sequence[Solver]) -> dict[str, Any]:
-    """Versions and machine, for the record."""
-    packages = ["mipprune", "torch", "numpy", "numba"]
-    packages += [module for solver in solvers for module in solver.requires]
-    return {
-        **{package: _version(package) for package in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(problem.device)
-        if problem.device.type == "cpu"
-        else torch.cuda.get_device_name(problem.device),
-        "threads": torch.get_num_threads(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -16,7 +16,7 @@ from .checkpoint import write_json
 from .embedded import MODEL_NAME
 from .evaluate import perplexity
 from .models import load_model
-from .prune import Observer, environment, layer_problem, prune
+from .prune import Observer, layer_problem, model_environment, prune
 from .report import demo_plot
 
 WINDOW = 256
@@ -141,7 +141,7 @@ def run_demo(
         "seed": seed,
         "calibration_sha256": sides["calibration"].digest,
         "evaluation_sha256": sides["evaluation"].digest,
-        "environment": environment(loaded.model),
+        "environment": model_environment(loaded.model),
         "rows": [asdict(row) for row in rows],
     }
     write_json(Path(out) / "demo.json", record)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,6 +23,7 @@ from solvers import (
 from solvers.registry import DEFAULT_START
 
 from .calibration import Windows, cut_windows, read_texts, window_length
+from .environment import environment
 from .gram import Gram
 from .models import Coverage, PrunableLayer, coverage, find_blocks, prunable_layers
 from .walk import BlockWalk
@@ -95,7 +93,7 @@ class PruneReport:
 
     settings: dict[str, Any]
     calibration: dict[str, Any]
-    environment: dict[str, str]
+    environment: dict[str, Any]
     coverage: Coverage
     replay_error: float
     layers: list[LayerResult] = field(default_factory=list)
@@ -260,7 +258,7 @@ def prune(
             "length": windows.tokens.shape[1],
             "sha256": windows.digest,
         },
-        environment=environment(model),
+        environment=model_environment(model),
         coverage=covered,
         replay_error=walk.replay_error,
     )
@@ -353,27 +351,11 @@ def all_layers(blocks_name: str, blocks: nn.ModuleList) -> list[PrunableLayer]:
     ]
 
 
-def environment(model: nn.Module) -> dict[str, str]:
-    """Versions and machine, for the record."""
-    packages = ("mipprune", "torch", "transformers", "numpy", "numba")
+def model_environment(model: nn.Module) -> dict[str, Any]:
+    """The record's environment, with the type that the model computes in."""
     parameter = next(model.parameters())
-    return {
-        **{name: _version(name) for name in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(parameter.device)
-        if parameter.device.type == "cpu"
-        else torch.cuda.get_device_name(parameter.device),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return {**environment(parameter.device, ["transformers"]), "dtype": dtype}
 
 
 def _check_layer(layer: PrunableLayer, pattern: Pattern) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -128,6 +129,23 @@ class MaskProblem:
         """Mean square of each dense output, ``w_r^T G w_r``, float64 ``[rows]``."""
         weight = self.weight.double()
         return ((weight @ self.gram.double()) * weight).sum(dim=1)
+
+    def quadratic_form(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """``Q`` and ``l`` of the summed loss ``x^T Q x + l^T x`` over all weights, row after row.
+
+        Dense float64 ``[rows * d, rows * d]`` (block-diagonal) and ``[rows * d]``: for a row, or
+        a small layer.
+        """
+        rows, d = self.shape
+        weight, gram = self.weight.double().cpu().numpy(), self.gram.double().cpu().numpy()
+        quadratic = np.zeros((rows * d, rows * d))
+        for r, w in enumerate(weight):
+            block = slice(r * d, (r + 1) * d)
+            quadratic[block, block] = w[:, None] * gram * w
+        linear = np.zeros(rows * d)
+        if self.linear is not None:
+            linear = self.linear.cpu().numpy().ravel()
+        return quadratic, linear
 
     def as_mask(self, mask: ArrayLike) -> Tensor:
         """``mask`` as a bool tensor on the problem's device; `InvalidInput` if it does not fit."""

@@ -73,14 +73,7 @@ def solve_over_hull(
     Returns the mask, the search's answer in scaled units, and the unit.
     """
     rows, d = problem.shape
-    weight, gram = problem.weight.double().cpu().numpy(), problem.gram.double().cpu().numpy()
-    quadratic = np.zeros((rows * d, rows * d))
-    for r, w in enumerate(weight):
-        block = slice(r * d, (r + 1) * d)
-        quadratic[block, block] = w[:, None] * gram * w
-    linear = np.zeros(rows * d)
-    if problem.linear is not None:
-        linear = problem.linear.cpu().numpy().ravel()
+    quadratic, linear = problem.quadratic_form()
     unit = float(np.trace(quadratic) + np.abs(linear).sum()) or 1.0
     quadratic, linear = quadratic / unit, linear / unit
     row_sums = quadratic.sum(axis=1)

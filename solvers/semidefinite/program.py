@@ -50,16 +50,8 @@ class BinaryProgram:
             raise InvalidInput(f"The pattern {pattern} has no cells of fixed count.")
         if rows > 1 and not pattern.coupled:
             raise InvalidInput("Rows without a shared budget are separate programs; take one.")
-        weight = problem.weight.double().cpu().numpy()
-        gram = problem.gram.double().cpu().numpy()
-        quadratic = np.zeros((rows * d, rows * d))
-        for r, w in enumerate(weight):
-            block = slice(r * d, (r + 1) * d)
-            quadratic[block, block] = w[:, None] * gram * w
+        quadratic, linear = problem.quadratic_form()
         size = pattern.cell_size((rows, d))
-        linear = np.zeros(rows * d)
-        if problem.linear is not None:
-            linear = problem.linear.cpu().numpy().ravel()
         return cls(
             quadratic=quadratic,
             linear=linear,
