@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ from ..errors import InvalidInput
 from ..pattern import CellPattern, Pattern
 from ..problem import MaskProblem
 from ..registry import register
-from ..semidefinite.ascent import strengthen
+from ..semidefinite.ascent import Effort, ascend
+from ..semidefinite.cuts import Array
 from ..semidefinite.dual import Multipliers
 from ..semidefinite.program import BinaryProgram, independent_parts
 from ..semidefinite.solver import Incumbent
@@ -22,6 +24,7 @@ from ..solution import Status, TracePoint, shared_out
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
 from .hull import solve_over_hull
+from .subtrees import Subtrees
 from .tree import Branching, NodeSelection, Tree, TreeLimits, TreeResult
 
 
@@ -48,6 +51,9 @@ class BranchAndBound(Solver):
         Most rounds of it, and the share of the gap that six rounds must close to go on.
     root_triangles_above
         Relative gap above which triangle inequalities are added before giving up.
+    subtree_nodes, subtree_rounds
+        Nodes after which a tree is split in two, and most rounds of improving each half's
+        multipliers.
     max_nodes
         Limit on the nodes of a row.
     branching
@@ -65,7 +71,8 @@ class BranchAndBound(Solver):
 
     Notes
     -----
-    ``stats``: per row ``nodes``, ``root_gap``, ``seconds``; ``steps`` and ``fixed`` in total.
+    ``stats``: per row ``nodes``, ``trees``, ``root_gap`` and ``seconds``; ``steps`` and ``fixed``
+    in total.
     """
 
     rel_gap: float = 1e-4
@@ -74,6 +81,8 @@ class BranchAndBound(Solver):
     root_rounds: int = 120
     root_gain: float = 0.15
     root_triangles_above: float = 0.02
+    subtree_nodes: int = 8000
+    subtree_rounds: int = 12
     max_nodes: int | None = None
     max_steps: int = 2000
     branching: Branching = "curvature"
@@ -94,8 +103,9 @@ class BranchAndBound(Solver):
             raise InvalidInput(f"rel_gap={self.rel_gap} is negative; give 0 or more.")
         if not 0 < self.root_share <= 1:
             raise InvalidInput(f"root_share={self.root_share} is no share; give 0 < share <= 1.")
-        if min(self.batch, self.max_steps, self.root_rounds) < 1:
-            raise InvalidInput("batch, max_steps and root_rounds must be at least 1.")
+        for count in ("batch", "max_steps", "root_rounds", "subtree_nodes", "subtree_rounds"):
+            if getattr(self, count) < 1:
+                raise InvalidInput(f"{count}={getattr(self, count)} is too few; give 1 or more.")
         if self.branching not in ("most_infeasible", "curvature", "strong"):
             raise InvalidInput(
                 f"branching '{self.branching}' is none of most_infeasible, curvature, strong."
@@ -121,7 +131,9 @@ class BranchAndBound(Solver):
         mask, objective = best.mask.clone(), best.objective.clone()
         bound = torch.full_like(objective, -torch.inf)
         trace = [TracePoint(clock.seconds, float(objective.sum()))]
-        stats: dict[str, list[float]] = {"nodes": [], "root_gap": [], "seconds": []}
+        stats: dict[str, list[float]] = {
+            "nodes": [], "trees": [], "root_gap": [], "seconds": [],
+        }  # fmt: skip
         steps = fixed = 0
         finished = True
         for done, rows in enumerate(parts):
@@ -132,6 +144,7 @@ class BranchAndBound(Solver):
             bound[rows] = incumbent.spread(result.bound)
             finished = finished and result.finished
             stats["nodes"].append(result.nodes)
+            stats["trees"].append(result.trees)
             stats["root_gap"].append(root_gap)
             stats["seconds"].append(clock.seconds - began)
             steps, fixed = steps + result.steps, fixed + result.fixed
@@ -183,41 +196,55 @@ class BranchAndBound(Solver):
         size = program.size
         if size == 0:
             return 0.0, TreeResult(bound=0.0, finished=True)
-        multipliers = Multipliers.zero(program.inputs)
-        relaxed = program.pruned[program.cell] / np.bincount(program.cell)[program.cell]
-        root_bound = -np.inf
-        if self.reformulation:
-            root = strengthen(
-                program,
-                incumbent.total,
-                rel_gap=self.rel_gap,
-                max_rounds=self.root_rounds,
-                seconds=self.root_share * clock.remaining,
-                least_gain=self.root_gain,
-                triangles_above=self.root_triangles_above,
-                improved=incumbent.improve,
-            )
-            multipliers, relaxed = root.witness.multipliers, root.relaxed
-            root_bound = root.bound
+
+        def improve(x: Array) -> float:
+            return incumbent.improve(x) / size
+
         scaled = program.scaled(1 / size)
-        tree = Tree(
-            scaled,
-            ConvexForm.of(scaled, multipliers.scaled(1 / size)),
-            TreeLimits(
-                rel_gap=self.rel_gap,
-                max_nodes=self.max_nodes,
-                max_steps=self.max_steps,
-                batch=self.batch,
-                threads=torch.get_num_threads(),
-                branching=self.branching,
-                node_selection=self.node_selection,
-                tighten=self.tighten,
-            ),
-            incumbent.total / size,
-            lambda x: incumbent.improve(x) / size,
+        limits = TreeLimits(
+            rel_gap=self.rel_gap,
+            max_nodes=self.max_nodes,
+            max_steps=self.max_steps,
+            batch=self.batch,
+            threads=torch.get_num_threads(),
+            branching=self.branching,
+            node_selection=self.node_selection,
+            tighten=self.tighten,
         )
-        result = tree.search(root_bound / size, relaxed, clock)
+        least = incumbent.total / size
+        if self.reformulation:
+            result = self._search_reformulated(scaled, limits, least, improve, clock)
+        else:
+            relaxed = program.pruned[program.cell] / np.bincount(program.cell)[program.cell]
+            form = ConvexForm.of(scaled, Multipliers.zero(program.inputs))
+            result = Tree(scaled, form, limits, least, improve).search(-np.inf, relaxed, clock)
         result.bound *= size
         result.bounds = [(t, low * size, value * size) for t, low, value in result.bounds]
         first = result.bounds[0][1]
         return (incumbent.total - first) / max(abs(incumbent.total), 1e-300), result
+
+    def _search_reformulated(
+        self,
+        program: BinaryProgram,
+        limits: TreeLimits,
+        least: float,
+        improve: Callable[[Array], float],
+        clock: Clock,
+    ) -> TreeResult:
+        root = ascend(
+            program,
+            least,
+            Effort(
+                max_rounds=self.root_rounds,
+                seconds=self.root_share * clock.remaining,
+                least_gain=self.root_gain,
+                triangles_above=self.root_triangles_above,
+            ),
+            rel_gap=self.rel_gap,
+            improved=improve,
+        )
+        least = improve(root.relaxed)
+        subtrees = Subtrees(
+            program, limits, self.subtree_nodes, self.subtree_rounds, least, improve
+        )
+        return subtrees.search(root, clock)

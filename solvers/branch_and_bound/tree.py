@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,10 @@ class TreeLimits:
     node_selection: NodeSelection
     tighten: bool
 
+    def with_nodes(self, max_nodes: int | None) -> TreeLimits:
+        """The same with another limit on the nodes."""
+        return replace(self, max_nodes=max_nodes)
+
 
 @dataclass
 class TreeResult:
@@ -49,17 +53,24 @@ class TreeResult:
         No allowed x costs less.
     finished
         Whether no open node is left.
-    nodes, steps, fixed
-        Nodes bounded, Frank-Wolfe steps, inputs fixed by tightening.
+    incumbent
+        Least loss known at the end.
+    root
+        State of every input after the root was bounded, ``[d]``.
+    nodes, steps, fixed, trees
+        Nodes bounded, Frank-Wolfe steps, inputs fixed by tightening, trees grown.
     bounds
         (seconds, bound, incumbent) over time.
     """
 
     bound: float
     finished: bool
+    incumbent: float = math.inf
+    root: Array = field(default_factory=lambda: np.zeros(0, np.int8))
     nodes: int = 0
     steps: int = 0
     fixed: int = 0
+    trees: int = 1
     bounds: list[tuple[float, float, float]] = field(default_factory=list)
 
 
@@ -119,6 +130,7 @@ class Tree:
             self._bound_and_push(
                 open_nodes, state, root_x[None].copy(), np.array([root_bound]), np.array([0])
             )
+            result.root = state[0].copy()
             while open_nodes:
                 self._record(open_nodes, clock)
                 if clock.expired or (limits.max_nodes and result.nodes >= limits.max_nodes):
@@ -132,6 +144,7 @@ class Tree:
                 self._bound_and_push(open_nodes, *self._children(batch))
         self._record(open_nodes, clock)
         result.finished = not open_nodes
+        result.incumbent = self._incumbent
         return result
 
     @property
@@ -256,4 +269,6 @@ class Tree:
             for part in parts
         ]
         self.result.steps += sum(job.result() for job in jobs)
-        self.result.fixed += int(fixed.sum())
+        if fixed.any():  # what was cut off costs no less than the cutoff, and maybe no more
+            self.result.fixed += int(fixed.sum())
+            self._least_closed = min(self._least_closed, self._cutoff)

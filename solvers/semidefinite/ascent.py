@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .cuts import Array
-from .dual import DualAscent, Multipliers
+from .dual import DualAscent, Iterate
 from .program import BinaryProgram
 from .witness import Witness
 
@@ -23,6 +23,27 @@ THREADS_PAY_FROM = 600
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How long the bound of a row is worked on.
+
+    Attributes
+    ----------
+    max_rounds, seconds
+        Limits; at least one round is made.
+    least_gain
+        Stop when six rounds close less than this share of the gap.
+    triangles_above
+        When that happens at a larger relative gap than this, triangle inequalities are added to
+        the pairwise ones, and the ascent goes on until it stalls again.
+    """
+
+    max_rounds: int
+    seconds: float
+    least_gain: float
+    triangles_above: float
+
+
+@dataclass(frozen=True)
 class Bounded:
     """What the ascent found for a row, in the row's own units.
 
@@ -32,29 +53,30 @@ class Bounded:
         Proven by the witness.
     witness
         Of the best round.
-    relaxed
-        Relaxed ``x`` (1 = pruned), ``[d]``.
-    rounds, evaluations, cuts
+    last
+        Where the ascent ended; another may go on from here.
+    rounds, evaluations
         Counts.
     """
 
     bound: float
     witness: Witness
-    relaxed: Array
+    last: Iterate
     rounds: int
     evaluations: int
-    cuts: int
+
+    @property
+    def relaxed(self) -> Array:
+        """Relaxed ``x`` (1 = pruned), ``[d]``."""
+        return self.last.relaxed
 
 
 def strengthen(
     program: BinaryProgram,
     incumbent: float,
+    effort: Effort,
     *,
     rel_gap: float,
-    max_rounds: int,
-    seconds: float,
-    least_gain: float,
-    triangles_above: float,
     improved: Callable[[Array], float] | None = None,
 ) -> Bounded:
     """Raise the bound of a row until it meets the incumbent, stalls, or a limit is hit.
@@ -62,80 +84,84 @@ def strengthen(
     Parameters
     ----------
     program
-        The row.
+        The row, in any units.
     incumbent
         Loss of the best ``x`` known.
+    effort
+        Limits.
     rel_gap
         Stop when ``incumbent - bound <= rel_gap * |incumbent|``.
-    max_rounds, seconds
-        Limits; at least one round is made.
-    least_gain
-        Stop when six rounds close less than this share of the gap.
-    triangles_above
-        When that happens at a larger relative gap than this, triangle inequalities are added to
-        the pairwise ones, and the ascent goes on until it stalls again.
     improved
         Given the relaxed ``x`` after each round, a primal heuristic that returns the incumbent.
     """
-    with _blas_threads(program.inputs):
-        return _strengthen(
-            program, incumbent, rel_gap, max_rounds, seconds, least_gain, triangles_above, improved
-        )
+    size = program.size
+    if size == 0:
+        at = Iterate.zero(program.inputs)
+        at.matrix[0, 1:] = program.pruned[program.cell] / np.bincount(program.cell)[program.cell]
+        return Bounded(program.constant, Witness.of(program, at.multipliers), at, 0, 0)
+    found = ascend(
+        program.scaled(1 / size),
+        incumbent / size,
+        effort,
+        rel_gap=rel_gap,
+        improved=None if improved is None else lambda x: improved(x) / size,
+    )
+    witness = Witness.of(program, found.witness.multipliers.scaled(size))
+    return replace(found, bound=witness.bound(program), witness=witness)
 
 
-def _strengthen(
+def ascend(
     program: BinaryProgram,
     incumbent: float,
+    effort: Effort,
+    *,
     rel_gap: float,
-    max_rounds: int,
-    seconds: float,
-    least_gain: float,
-    triangles_above: float,
+    start: Iterate | None = None,
+    improved: Callable[[Array], float] | None = None,
+) -> Bounded:
+    """`strengthen` for a program whose losses are of the order of 1, also from a warm start."""
+    with _blas_threads(program.inputs):
+        return _ascend(program, incumbent, effort, rel_gap, start, improved)
+
+
+def _ascend(
+    program: BinaryProgram,
+    target: float,
+    effort: Effort,
+    rel_gap: float,
+    start: Iterate | None,
     improved: Callable[[Array], float] | None,
 ) -> Bounded:
     began = time.perf_counter()
-    size = program.size
-    if size == 0:
-        zero = Multipliers.zero(program.inputs)
-        witness = Witness.of(program, zero)
-        relaxed = program.pruned[program.cell] / np.bincount(program.cell)[program.cell]
-        return Bounded(0.0, witness, relaxed, 0, 0, 0)
-    scaled = program.scaled(1 / size)
-    target = incumbent / size
-    ascent = DualAscent(scaled)
+    ascent = DualAscent(program, start or Iterate.zero(program.inputs))
     scale = 0.1 / (program.inputs * (1 + program.ones))
-    best_bound, best = -np.inf, Multipliers.zero(program.inputs)
+    best_bound, best = -np.inf, ascent.at.multipliers
     gaps: list[float] = []
-    rounds, triangles = 0, False
-    while rounds < max_rounds:
-        ascent.ascend(scale * max(0.5, 3 * 0.95**rounds), _ITERATIONS)
+    rounds = 0
+    triangles = start is not None and start.multipliers.cuts.has_triangles
+    while rounds < effort.max_rounds:
+        early = 0.0 if start is not None else 3 * 0.95**rounds
+        ascent.ascend(scale * max(0.5, early), _ITERATIONS)
         rounds += 1
-        bound = Witness.of(scaled, ascent.multipliers).bound(scaled)
+        bound = Witness.of(program, ascent.at.multipliers).bound(program)
         if bound > best_bound:
-            best_bound, best = bound, ascent.multipliers
+            best_bound, best = bound, ascent.at.multipliers
         if improved is not None:
-            target = min(target, improved(ascent.relaxed) / size)
+            target = min(target, improved(ascent.at.relaxed))
         if target - best_bound <= rel_gap * abs(target):
             break
-        if time.perf_counter() - began >= seconds:
+        if time.perf_counter() - began >= effort.seconds:
             break
         gaps.append(target - best_bound)
-        if len(gaps) > _STALL_ROUNDS and gaps[-1] > (1 - least_gain) * gaps[-1 - _STALL_ROUNDS]:
-            if triangles or gaps[-1] <= triangles_above * abs(target):
+        stalled = len(gaps) > _STALL_ROUNDS
+        if stalled and gaps[-1] > (1 - effort.least_gain) * gaps[-1 - _STALL_ROUNDS]:
+            if triangles or gaps[-1] <= effort.triangles_above * abs(target):
                 break
             triangles = True
             gaps.clear()
         with_triangles = triangles and rounds % _TRIANGLE_EVERY == 0
         ascent.add_cuts(10 * program.inputs, _THRESHOLD, with_triangles)
-    witness = Witness.of(program, best.scaled(size))
-    return Bounded(
-        bound=witness.bound(program),
-        witness=witness,
-        relaxed=ascent.relaxed.copy(),
-        rounds=rounds,
-        evaluations=ascent.evaluations,
-        cuts=len(best.cuts),
-    )
+    return Bounded(best_bound, Witness.of(program, best), ascent.at, rounds, ascent.evaluations)
 
 
 def _blas_threads(inputs: int) -> AbstractContextManager[object]:

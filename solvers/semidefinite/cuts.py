@@ -26,6 +26,8 @@ FAMILIES = np.array(
     dtype=np.float64,
 )
 
+_TRIANGLES_FROM = 3
+
 
 @dataclass(frozen=True)
 class Cuts:
@@ -49,6 +51,11 @@ class Cuts:
 
     def __len__(self) -> int:
         return len(self.family)
+
+    @property
+    def has_triangles(self) -> bool:
+        """Whether triangle inequalities are among them."""
+        return bool((self.family >= _TRIANGLES_FROM).any())
 
     def take(self, chosen: Array) -> Cuts:
         """Some of them."""

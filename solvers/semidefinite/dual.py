@@ -74,7 +74,19 @@ class Multipliers:
         lifted[1:, 0] += half
         lifted[0, 0] -= self.offset
         # The constants of the cuts are not part of the quadratic form: they go to the bound.
-        return lifted, self.offset - constant
+        return lifted, program.constant + self.offset - constant
+
+    def restricted(self, free: Array) -> Multipliers:
+        """For the program over the ``free`` inputs; cuts on others are dropped."""
+        inside: Array = np.all(free[self.cuts.index], axis=1)
+        kept = self.cuts.take(inside)
+        renumbered = np.cumsum(free) - 1
+        return Multipliers(
+            self.offset,
+            self.diagonal[free],
+            Cuts(kept.family, renumbered[kept.index]),
+            self.cut_multiplier[inside],
+        )
 
     def _packed(self) -> Array:
         return np.concatenate([[self.offset], self.diagonal, self.cut_multiplier])
@@ -86,6 +98,29 @@ class Multipliers:
         )
 
 
+@dataclass(frozen=True)
+class Iterate:
+    """Where the ascent stands: multipliers, and the matrix ``X``, ``[d + 1, d + 1]``."""
+
+    multipliers: Multipliers
+    matrix: Array
+
+    @classmethod
+    def zero(cls, d: int) -> Iterate:
+        """Where it begins."""
+        return cls(Multipliers.zero(d), np.zeros((d + 1, d + 1)))
+
+    @property
+    def relaxed(self) -> Array:
+        """Relaxed ``x``, ``[d]``: the first row of X, only nearly feasible."""
+        return self.matrix[0, 1:]
+
+    def restricted(self, free: Array) -> Iterate:
+        """For the program over the ``free`` inputs."""
+        kept = np.concatenate([[True], free])
+        return Iterate(self.multipliers.restricted(free), self.matrix[np.ix_(kept, kept)])
+
+
 class DualAscent:
     """The augmented Lagrangian method on one row.
 
@@ -93,32 +128,26 @@ class DualAscent:
     ----------
     program
         Scaled so that its losses are of the order of 1.
+    start
+        Where to begin.
 
     Attributes
     ----------
-    multipliers
-        The current ones.
-    relaxed
-        The current relaxed ``x``, ``[d]``; only nearly feasible.
+    at
+        Where it stands.
     evaluations
         Eigenvalue decompositions so far.
     """
 
-    def __init__(self, program: BinaryProgram) -> None:
+    def __init__(self, program: BinaryProgram, start: Iterate) -> None:
         self._program = program
         self._normals = program.normals()
-        self._matrix = np.zeros((program.inputs + 1, program.inputs + 1))
-        self.multipliers = Multipliers.zero(program.inputs)
+        self.at = start
         self.evaluations = 0
-
-    @property
-    def relaxed(self) -> Array:
-        """First row of X."""
-        return self._matrix[0, 1:]
 
     def ascend(self, alpha: float, iterations: int) -> None:
         """Improve the multipliers for fixed ``X_k``, then take the new X."""
-        at = self.multipliers
+        at = self.at.multipliers
         free = 1 + self._program.inputs
         start = at._packed()
         bounds = [(None, None)] * free + [(0.0, None)] * (len(start) - free)
@@ -130,29 +159,30 @@ class DualAscent:
             bounds=bounds,
             options={"maxiter": iterations, "maxfun": 2 * iterations, "ftol": 0.0, "gtol": 0.0},
         )
-        self.multipliers = at._unpacked(result.x)
-        self._matrix = self._negative_dual(self.multipliers, alpha)[2]
+        multipliers = at._unpacked(result.x)
+        self.at = Iterate(multipliers, self._negative_dual(multipliers, alpha)[2])
 
     def add_cuts(self, most: int, threshold: float, triangles: bool) -> int:
         """Drop cuts without a multiplier, add violated ones; the number of new ones."""
-        d, at = self._program.inputs, self.multipliers
-        new = separate(self.relaxed, self._matrix[1:, 1:], most, threshold, triangles)
+        d, at = self._program.inputs, self.at.multipliers
+        new = separate(self.at.relaxed, self.at.matrix[1:, 1:], most, threshold, triangles)
         live = at.cut_multiplier > 0
         kept = at.cuts.take(live)
         new = new.take(~np.isin(new.keys(d), kept.keys(d)))
-        self.multipliers = Multipliers(
+        multipliers = Multipliers(
             at.offset,
             at.diagonal,
             kept.joined(new),
             np.concatenate([at.cut_multiplier[live], np.zeros(len(new))]),
         )
+        self.at = Iterate(multipliers, self.at.matrix)
         return len(new)
 
     def _negative_dual(self, at: Multipliers, alpha: float) -> tuple[float, Array, Array]:
         """Negative augmented dual, its gradient, and the new X."""
         self.evaluations += 1
         residual, constant = at.residual(self._program)
-        residual = projected(residual, self._normals) - alpha * self._matrix
+        residual = projected(residual, self._normals) - alpha * self.at.matrix
         value, vector = _negative_eigenpairs(residual)
         root = vector * np.sqrt(-value / alpha)
         matrix = root @ root.T

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class BinaryProgram:
-    """``min x^T Q x + l^T x`` over binary ``x`` (1 = pruned) with ``s_g`` ones in cell g.
+    """``min x^T Q x + l^T x + c`` over binary ``x`` (1 = pruned) with ``s_g`` ones in cell g.
 
     Attributes
     ----------
@@ -29,12 +29,15 @@ class BinaryProgram:
         Cell of each input, int ``[d]``.
     pruned
         ``s``, the number of ones in each cell, int ``[cells]``.
+    constant
+        ``c``, the loss of what is fixed outside the program.
     """
 
     quadratic: Array
     linear: Array
     cell: Array
     pruned: Array
+    constant: float = 0.0
 
     @classmethod
     def of(cls, problem: MaskProblem) -> BinaryProgram:
@@ -76,14 +79,38 @@ class BinaryProgram:
 
     def scaled(self, factor: float) -> BinaryProgram:
         """The same program with all losses multiplied."""
-        return BinaryProgram(self.quadratic * factor, self.linear * factor, self.cell, self.pruned)
+        return BinaryProgram(
+            self.quadratic * factor,
+            self.linear * factor,
+            self.cell,
+            self.pruned,
+            self.constant * factor,
+        )
+
+    def restricted(self, free: Array, ones: Array) -> BinaryProgram:
+        """The program over the ``free`` inputs, the others fixed at one where ``ones``.
+
+        Parameters
+        ----------
+        free, ones
+            Bool ``[d]``, nowhere both. The ones must fit into their cells.
+        """
+        cells, cell = np.unique(self.cell[free], return_inverse=True)
+        fixed = np.bincount(self.cell[ones], minlength=len(self.pruned))
+        return BinaryProgram(
+            quadratic=self.quadratic[np.ix_(free, free)],
+            linear=self.linear[free] + 2 * self.quadratic[np.ix_(free, ones)].sum(axis=1),
+            cell=cell,
+            pruned=(self.pruned - fixed)[cells],
+            constant=self.objective(ones.astype(np.float64)),
+        )
 
     def objective(self, x: Array) -> float:
         """Loss of one ``x``."""
-        return float(x @ self.quadratic @ x + self.linear @ x)
+        return float(x @ self.quadratic @ x + self.linear @ x + self.constant)
 
     def lifted(self) -> Array:
-        """``[0 l^T/2; l/2 Q]``, so that the loss is ``y^T C y`` with ``y = (1, x)``."""
+        """``[0 l^T/2; l/2 Q]``, so that the loss is ``y^T C y + c`` with ``y = (1, x)``."""
         lifted = np.zeros((self.inputs + 1, self.inputs + 1))
         lifted[1:, 1:] = self.quadratic
         lifted[0, 1:] = lifted[1:, 0] = self.linear / 2

@@ -17,7 +17,7 @@ from ..registry import register
 from ..solution import Status, TracePoint, shared_out
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
-from .ascent import THREADS_PAY_FROM, Bounded, strengthen
+from .ascent import THREADS_PAY_FROM, Bounded, Effort, strengthen
 from .cuts import Array
 from .program import BinaryProgram, independent_parts
 from .witness import certificate
@@ -88,11 +88,13 @@ class Semidefinite(Solver):
             result = strengthen(
                 program,
                 incumbent.total,
+                Effort(
+                    max_rounds=self.rounds,
+                    seconds=min(self.row_seconds, clock.remaining / turns),
+                    least_gain=0.02,
+                    triangles_above=self.triangles_above,
+                ),
                 rel_gap=self.rel_gap,
-                max_rounds=self.rounds,
-                seconds=min(self.row_seconds, clock.remaining / turns),
-                least_gain=0.02,
-                triangles_above=self.triangles_above,
                 improved=incumbent.improve,
             )
             return program, incumbent, result
@@ -123,7 +125,7 @@ class Semidefinite(Solver):
             stats={
                 "rounds": sum(one.rounds for one in found),
                 "evaluations": sum(one.evaluations for one in found),
-                "cuts": sum(one.cuts for one in found),
+                "cuts": sum(len(one.witness.multipliers.cuts) for one in found),
             },
             trace=trace,
             certificates=certificates,

@@ -47,7 +47,7 @@ class ConvexForm:
         return cls(
             quadratic=quadratic,
             linear=program.linear - linear + multipliers.diagonal - shift,
-            constant=-constant,
+            constant=program.constant - constant,
         )
 
     def value(self, x: Array) -> float:

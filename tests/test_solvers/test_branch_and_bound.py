@@ -30,6 +30,31 @@ def test_the_optimum_is_found_and_proven(reformulation, pattern, kind):
     assert float(solution.bound.sum()) <= least + 1e-12 * size_of(problem)
 
 
+@pytest.mark.parametrize("pattern", [PerRow(sparsity=0.6), NM(2, 4), NM(1, 5)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_subtrees_with_multipliers_of_their_own(pattern, seed):
+    problem = make_problem(1, 20, pattern, seed=seed)
+    whole = solve(problem, "branch_and_bound", rel_gap=1e-6, reformulation=False)
+    split = solve(
+        problem, "branch_and_bound", rel_gap=1e-6, batch=1,
+        root_rounds=1, subtree_nodes=2, subtree_rounds=2,
+    )  # fmt: skip
+    assert split.status is Status.OPTIMAL
+    assert split.stats["trees"][0] > 1
+    assert float(split.objective) == pytest.approx(float(whole.objective), rel=2e-6)
+    assert float(split.bound) <= float(whole.objective) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("reformulation", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_coarse_gap_still_gives_a_bound(seed, reformulation):
+    problem = make_problem(2, 12, PerRow(sparsity=0.5), seed=seed)
+    options = {"root_rounds": 1, "subtree_nodes": 2, "batch": 1, "reformulation": reformulation}
+    solution = solve(problem, "branch_and_bound", rel_gap=0.2, **options)
+    assert float(solution.gap.max()) <= 0.2 + 1e-12
+    assert float(solution.bound.sum()) <= optimum(problem) * (1 + 1e-12)
+
+
 def test_a_small_layer_with_a_shared_budget():
     problem = make_problem(3, 5, PerLayer(sparsity=0.6), seed=3)
     solution = solve(problem, "branch_and_bound", rel_gap=1e-6)
@@ -112,6 +137,7 @@ def test_node_bounds_and_fixings_hold_for_every_mask_within(pattern):
         {"rel_gap": -1.0},
         {"root_share": 0.0},
         {"batch": 0},
+        {"subtree_nodes": 0},
         {"branching": "random"},
         {"node_selection": "worst"},
     ],

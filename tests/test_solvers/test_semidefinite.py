@@ -7,7 +7,7 @@ from helpers import KINDS, make_problem, optimum, random_mask
 
 from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, Status, solve
 from solvers.semidefinite.cuts import FAMILIES, Cuts, separate
-from solvers.semidefinite.dual import DualAscent, Multipliers, projected
+from solvers.semidefinite.dual import DualAscent, Iterate, Multipliers, projected
 from solvers.semidefinite.program import BinaryProgram
 from solvers.semidefinite.witness import ConvexForm, Witness, is_verified, verified_shift
 
@@ -95,11 +95,11 @@ def test_the_ascent_raises_the_bound_to_the_optimum():
     problem = make_problem(1, 12, PerRow(sparsity=0.5), seed=3)
     program = BinaryProgram.of(problem)
     program = program.scaled(1 / program.size)
-    ascent = DualAscent(program)
+    ascent = DualAscent(program, Iterate.zero(12))
     bounds = []
     for _ in range(25):
         ascent.ascend(1e-3, 30)
-        bounds.append(Witness.of(program, ascent.multipliers).bound(program))
+        bounds.append(Witness.of(program, ascent.at.multipliers).bound(program))
         ascent.add_cuts(100, 1e-3, triangles=True)
     least = min(program.objective(x) for x in allowed(program))
     assert bounds[0] < max(bounds) <= least
