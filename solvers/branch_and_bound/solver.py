@@ -23,9 +23,10 @@ from ..semidefinite.witness import ConvexForm
 from ..solution import Status, TracePoint, shared_out
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
+from .branching import BRANCHINGS, Branching
 from .hull import solve_over_hull
 from .subtrees import Subtrees
-from .tree import Branching, NodeSelection, Tree, TreeLimits, TreeResult
+from .tree import NodeSelection, Tree, TreeLimits, TreeResult
 
 
 @register
@@ -57,7 +58,7 @@ class BranchAndBound(Solver):
     max_nodes
         Limit on the nodes of a row.
     branching
-        "most_infeasible", "curvature" (fraction squared times curvature), or "strong".
+        "most_infeasible", "curvature", "pseudocost" or "strong", see `Brancher`.
     node_selection
         "best_first" or "depth_first".
     tighten
@@ -85,7 +86,7 @@ class BranchAndBound(Solver):
     subtree_rounds: int = 12
     max_nodes: int | None = None
     max_steps: int = 2000
-    branching: Branching = "curvature"
+    branching: Branching = "pseudocost"
     node_selection: NodeSelection = "best_first"
     tighten: bool = True
     batch: int = 64
@@ -106,10 +107,8 @@ class BranchAndBound(Solver):
         for count in ("batch", "max_steps", "root_rounds", "subtree_nodes", "subtree_rounds"):
             if getattr(self, count) < 1:
                 raise InvalidInput(f"{count}={getattr(self, count)} is too few; give 1 or more.")
-        if self.branching not in ("most_infeasible", "curvature", "strong"):
-            raise InvalidInput(
-                f"branching '{self.branching}' is none of most_infeasible, curvature, strong."
-            )
+        if self.branching not in BRANCHINGS:
+            raise InvalidInput(f"branching '{self.branching}' is none of {', '.join(BRANCHINGS)}.")
         if self.node_selection not in ("best_first", "depth_first"):
             raise InvalidInput(
                 f"node_selection '{self.node_selection}' is neither best_first nor depth_first."

@@ -15,14 +15,12 @@ from ..semidefinite.cuts import Array
 from ..semidefinite.program import BinaryProgram
 from ..semidefinite.witness import ConvexForm
 from ..solver import Clock
+from .branching import Brancher, Branching
 from .state import FREE, ONE, ZERO
 
-Branching = Literal["most_infeasible", "curvature", "strong"]
 NodeSelection = Literal["best_first", "depth_first"]
 
-_STRONG_CANDIDATES = 8
-_STRONG_STEPS = 48
-_INTEGRAL = 1e-9
+_TRIAL_STEPS = 48
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,7 @@ class Tree:
         self._incumbent, self._improve = incumbent, improve
         self._cells = np.concatenate([[0], np.bincount(program.cell).cumsum()])
         self._pruned = program.pruned.astype(np.int64)
+        self._brancher = Brancher(limits.branching, form.quadratic.diagonal())
         self._least_closed = math.inf
         self._count = 0
         self.result = TreeResult(bound=-math.inf, finished=False)
@@ -141,7 +140,7 @@ class Tree:
                 if not batch:
                     continue
                 self._incumbent = min(self._incumbent, self._improve(batch[0].x))
-                self._bound_and_push(open_nodes, *self._children(batch))
+                self._split(open_nodes, batch)
         self._record(open_nodes, clock)
         result.finished = not open_nodes
         result.incumbent = self._incumbent
@@ -163,47 +162,25 @@ class Tree:
         self.result.bound = max(self.result.bound, bound)
         self.result.bounds.append((clock.seconds, self.result.bound, self._incumbent))
 
-    def _children(self, batch: list[_Node]) -> tuple[Array, Array, Array, Array]:
-        """Both children of every node: states, starting points, bounds, depths."""
-        state = np.repeat(np.stack([node.state for node in batch]), 2, axis=0)
-        x = np.repeat(np.stack([node.x for node in batch]), 2, axis=0)
-        at = np.repeat(self._branching_inputs(batch), 2)
-        every = np.arange(len(state))
-        state[every, at] = np.where(every % 2 == 0, ZERO, ONE)
-        bound = np.repeat([node.bound for node in batch], 2)
-        depth = np.repeat([node.depth + 1 for node in batch], 2)
-        return state, x, bound, depth
-
-    def _branching_inputs(self, batch: list[_Node]) -> Array:
+    def _split(self, open_nodes: list[_Node], batch: list[_Node]) -> None:
+        """Bound and push both children of every node."""
+        state = np.stack([node.state for node in batch])
         x = np.stack([node.x for node in batch])
-        free = np.stack([node.state for node in batch]) == FREE
-        fraction = np.minimum(x, 1 - x)
-        if self._limits.branching != "most_infeasible":
-            fraction = fraction**2 * self._form.quadratic.diagonal()
-        # Among integral free inputs, which the under-estimator may still leave open, any will do.
-        score = np.where(free, fraction + 1e-12, -1.0)
-        if self._limits.branching != "strong":
-            chosen: Array = score.argmax(axis=1)
-            return chosen
-        return self._strong_branching(batch, score)
+        bound = np.array([node.bound for node in batch])
+        at = self._brancher.choose(state, x, bound, self._cutoff, self._trial)
+        state, x, bound, at = (np.repeat(part, 2, axis=0) for part in (state, x, bound, at))
+        every = np.arange(len(state))
+        one = every % 2 == 1
+        state[every, at] = np.where(one, ONE, ZERO)
+        depth = np.repeat([node.depth + 1 for node in batch], 2)
+        distance = np.abs(one - x[every, at])
+        before = bound.copy()
+        self._bound_and_push(open_nodes, state, x, bound, depth)
+        gain = np.minimum(bound, self._cutoff) - before
+        self._brancher.learn(at, one, distance, np.maximum(gain, 0.0))
 
-    def _strong_branching(self, batch: list[_Node], score: Array) -> Array:
-        """The candidate whose weaker child gains most after a few steps."""
-        count = min(_STRONG_CANDIDATES, score.shape[1])
-        candidates = np.argpartition(-score, count - 1, axis=1)[:, :count]
-        at = np.repeat(candidates.ravel(), 2)
-        owner = np.repeat(np.arange(len(batch)), 2 * count)
-        state = np.stack([node.state for node in batch])[owner]
-        every = np.arange(len(at))
-        allowed = state[every, at] == FREE
-        state[every[allowed], at[allowed]] = np.where(every % 2 == 0, ZERO, ONE)[allowed]
-        x = np.stack([node.x for node in batch])[owner]
-        bound = np.array([node.bound for node in batch])[owner]
-        self._run(state, x, bound, _STRONG_STEPS, tighten=False)
-        weaker = np.minimum(bound, self._cutoff).reshape(len(batch), count, 2).min(axis=2)
-        weaker[~allowed.reshape(len(batch), count, 2)[:, :, 0]] = -np.inf
-        best: Array = candidates[np.arange(len(batch)), weaker.argmax(axis=1)]
-        return best
+    def _trial(self, state: Array, x: Array, bound: Array) -> None:
+        self._run(state, x, bound, _TRIAL_STEPS, tighten=False)
 
     def _bound_and_push(
         self, open_nodes: list[_Node], state: Array, x: Array, bound: Array, depth: Array

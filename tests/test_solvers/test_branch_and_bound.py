@@ -6,6 +6,7 @@ import torch
 from helpers import KINDS, make_problem, optimum
 
 from solvers import NM, InvalidInput, Linear, PerLayer, PerRow, Status, solve
+from solvers.branch_and_bound.branching import BRANCHINGS, Brancher
 from solvers.branch_and_bound.nodes import solve_nodes
 from solvers.branch_and_bound.state import FREE, ONE, ZERO
 from solvers.semidefinite.program import BinaryProgram
@@ -64,7 +65,7 @@ def test_a_small_layer_with_a_shared_budget():
     assert float(solution.bound.sum()) <= least * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("branching", ["most_infeasible", "curvature", "strong"])
+@pytest.mark.parametrize("branching", BRANCHINGS)
 @pytest.mark.parametrize("selection", ["best_first", "depth_first"])
 @pytest.mark.parametrize("tighten", [True, False])
 def test_every_rule_reaches_the_same_optimum(branching, selection, tighten):
@@ -129,6 +130,22 @@ def test_node_bounds_and_fixings_hold_for_every_mask_within(pattern):
         better = points[inside & (losses < cutoff)]
         assert ((state[node] != ZERO) | (better == 0)).all()
         assert ((state[node] != ONE) | (better == 1)).all()
+
+
+def test_pseudocosts_choose_what_gained_most():
+    brancher = Brancher("pseudocost", np.array([1.0, 2.0, 1.0]))
+    state, x, bound = np.zeros((2, 3), np.int8), np.full((2, 3), 0.5), np.zeros(2)
+    state[1, 1] = ZERO
+
+    def choose():
+        return brancher.choose(state, x, bound, 1.0, trial=None).tolist()
+
+    assert choose() == [1, 0]  # no experience: the curvature decides
+    brancher.learn(np.array([1, 1]), np.array([False, True]), np.full(2, 0.5), np.full(2, 0.1))
+    brancher.learn(np.array([2, 2]), np.array([False, True]), np.full(2, 0.5), np.full(2, 0.3))
+    assert choose() == [2, 2]
+    x[:, 2] = 0.999  # hardly moves up
+    assert choose() == [0, 0]
 
 
 @pytest.mark.parametrize(
