@@ -141,8 +141,10 @@ def test_pseudocosts_choose_what_gained_most():
         return brancher.choose(state, x, bound, 1.0, trial=None).tolist()
 
     assert choose() == [1, 0]  # no experience: the curvature decides
-    brancher.learn(np.array([1, 1]), np.array([False, True]), np.full(2, 0.5), np.full(2, 0.1))
-    brancher.learn(np.array([2, 2]), np.array([False, True]), np.full(2, 0.5), np.full(2, 0.3))
+    sides, half = np.array([False, True]), np.full(2, 0.5)
+    for _ in range(20):
+        brancher.learn(np.array([1, 1]), sides, half, np.full(2, 0.1))
+        brancher.learn(np.array([2, 2]), sides, half, np.full(2, 0.3))
     assert choose() == [2, 2]
     x[:, 2] = 0.999  # hardly moves up
     assert choose() == [0, 0]
