@@ -325,6 +325,7 @@ def certify(
     rows: Annotated[int, typer.Option(help="Rows per layer, at random; 0 for all.")] = 16,
     row_seconds: Annotated[float, typer.Option(help="Most seconds per row.")] = 10.0,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ) -> None:
     """Bound how far each layer's mask is from the best; write certificates into the folder."""
@@ -339,6 +340,7 @@ def certify(
             row_seconds=row_seconds,
             seed=seed,
             device=device,
+            trust_remote_code=trust_remote_code,
             observer=_phases(status),
         )
     _out.print(certificate_table(found))

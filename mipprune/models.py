@@ -158,8 +158,9 @@ class PrunableLayer:
 def find_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks, and its name in the model.
 
-    It is the longest outermost ``ModuleList`` whose members are all of one class; ``name``
-    overrides that choice.
+    It is the longest outermost ``ModuleList`` whose members are all of one class, or all decoder
+    layers to transformers (hybrid models have several classes of them); ``name`` overrides that
+    choice.
 
     Raises
     ------
@@ -174,7 +175,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.Modu
         return name, found
     candidates: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
+        if isinstance(module, nn.ModuleList) and _alike(module):
             inside_another = any(path.startswith(f"{outer}.") for outer in candidates)
             if not inside_another:
                 candidates[path] = module
@@ -184,6 +185,13 @@ def find_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.Modu
         )
     best = max(candidates, key=lambda path: len(candidates[path]))
     return best, candidates[best]
+
+
+def _alike(modules: nn.ModuleList) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [isinstance(module, GradientCheckpointingLayer) for module in modules]
+    return len({type(module) for module in modules}) == 1 or (len(layers) > 0 and all(layers))
 
 
 def refuse_quantised(config: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 SIZES: dict[str, Any] = {
@@ -105,17 +106,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 48,
         "attention_chunk_size": 16,
     },
+    "jetmoe": {**GROUPED, **EXPERTS, "kv_channels": 8},
+    "jamba": {
+        **GROUPED,
+        **EXPERTS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
+    "nanochat": GROUPED,
+    "gemma4_text": {
+        **GROUPED,
+        **EXPERTS,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+    },
 }
 """By family, after a space a variant."""
 
 MIXTURES = [family for family, settings in FAMILIES.items() if "num_experts_per_tok" in settings]
 
 
-def tiny_model(family: str, seed: int = 0) -> Any:
-    """A random model of that family, in evaluation mode, float32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of that family, in evaluation mode, float32; skips where there is none."""
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family.split()[0], **FAMILIES[family])
+    kind = family.split()[0]
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    config = AutoConfig.for_model(kind, **{**FAMILIES[family], **changes})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
