@@ -168,12 +168,16 @@ def _check_experts(
             f"Block {index} run expert by expert differs from the model's own forward by "
             f"{float((apart - hidden).abs().max()):.2g}; nothing was pruned."
         )
-    missing = [weight.name for weight in weights if not rows.get(weight.name)]
-    if missing:
-        raise ReplayMismatch(
-            f"{missing[0]} holds experts, but no product with one of them could be observed; "
-            "nothing was pruned."
+    for weight in weights:
+        # Every weight of a module of experts is multiplied with as many tokens as its others.
+        expected = max(
+            rows.get(other.name, 0) for other in weights if other.module is weight.module
         )
+        if rows.get(weight.name, 0) != expected or expected == 0:
+            raise ReplayMismatch(
+                f"{weight.name} holds experts, but products with them could not be observed; "
+                "nothing was pruned."
+            )
 
 
 @contextmanager

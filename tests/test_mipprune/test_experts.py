@@ -272,7 +272,25 @@ def test_products_that_cannot_be_observed_are_refused_before_anything_is_pruned(
             return torch.einsum("btc,erc->btr", x, self.up)
 
     model, blocks = _mixture(Wide)
-    with pytest.raises(ReplayMismatch, match=r"Block 0\.experts\.up holds experts, but no product"):
+    with pytest.raises(ReplayMismatch, match=r"Block 0\.experts\.up holds experts, but products"):
+        check_replay(model, blocks, TOKENS)
+
+
+def test_products_that_are_observed_in_part_are_refused():
+    class Half(Experts):
+        def __init__(self):
+            super().__init__(hidden_size=32)
+            self.up = nn.Parameter(torch.randn(2, 6, 32))
+            self.down = nn.Parameter(torch.randn(2, 32, 6))
+
+        def forward(self, x):
+            x = x.reshape(-1, 32)
+            seen = nn.functional.linear(nn.functional.linear(x, self.up[0]), self.down[0])
+            unseen = torch.einsum("tc,rc->tr", nn.functional.linear(x, self.up[1]), self.down[1])
+            return (seen + unseen).reshape(len(TOKENS), -1, 32)
+
+    model, blocks = _mixture(Half)
+    with pytest.raises(ReplayMismatch, match=r"Block 0\.experts\.down holds experts, but products"):
         check_replay(model, blocks, TOKENS)
 
 
