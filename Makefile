@@ -5,13 +5,18 @@ BIN = .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-oldest lint format clean
 
 demo: .venv/installed
 	$(BIN)/mipprune demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# What depends on transformers, with the oldest version that is supported.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(addprefix tests/test_mipprune/test_, \
+		models.py capture.py experts.py gram.py prune.py checkpoint.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -27,5 +32,11 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt \
+		--editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf .venv mipprune-demo
+	rm -rf .venv .venv-oldest mipprune-demo

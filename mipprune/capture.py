@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from solvers import InvalidInput
 
+from .experts import FusedWeight, all_fused_weights, watched
+
 _HIDDEN = "hidden_states"
 
 
@@ -133,17 +135,49 @@ def check_replay(model: nn.Module, blocks: nn.ModuleList, batch: Tensor) -> floa
     outputs = outputs[: len(blocks)]
     hidden = record.hidden[0]
     for index, (block, calls) in enumerate(zip(blocks, record.calls, strict=True)):
-        hidden = calls[0].run(block, hidden)
+        inputs, hidden = hidden, calls[0].run(block, hidden)
         if not _close(hidden, outputs[index]):
             raise ReplayMismatch(
                 f"Block {index} replayed alone differs from the model's own forward by "
                 f"{float((hidden - outputs[index]).abs().max()):.2g}; nothing was pruned."
             )
+        _check_experts(index, block, calls[0], inputs, hidden)
     with _replaced_output(blocks[-1], hidden):
         replayed = forward(model, batch)
     if not _close(replayed, logits):
         raise ReplayMismatch("The logits of the replayed blocks differ from the model's own.")
     return float((replayed - logits).abs().max())
+
+
+def _check_experts(
+    index: int, block: nn.Module, call: Call, inputs: Tensor, hidden: Tensor
+) -> None:
+    """Run expert by expert, a block with fused experts must give the same."""
+    weights = all_fused_weights(block, f"Block {index}")
+    if not weights:
+        return
+    rows: dict[str, int] = {}
+
+    def seen(weight: FusedWeight, _: int, routed: Tensor) -> None:
+        rows[weight.name] = rows.get(weight.name, 0) + len(routed)
+
+    with watched(weights, seen):
+        apart = call.run(block, inputs)
+    if not _close(apart, hidden):
+        raise ReplayMismatch(
+            f"Block {index} run expert by expert differs from the model's own forward by "
+            f"{float((apart - hidden).abs().max()):.2g}; nothing was pruned."
+        )
+    for weight in weights:
+        # Every weight of a module of experts is multiplied with as many tokens as its others.
+        expected = max(
+            rows.get(other.name, 0) for other in weights if other.module is weight.module
+        )
+        if rows.get(weight.name, 0) != expected or expected == 0:
+            raise ReplayMismatch(
+                f"{weight.name} holds experts, but products with them could not be observed; "
+                "nothing was pruned."
+            )
 
 
 @contextmanager

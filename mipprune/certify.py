@@ -70,6 +70,7 @@ def certify(
     device: str = "auto",
     model: LoadedModel | None = None,
     calibration: str | Windows | None = None,
+    trust_remote_code: bool = False,
     observer: Observer | None = None,
 ) -> list[LayerCertificate]:
     """Bound the layers of a pruned model; write certificates and results into its folder.
@@ -90,6 +91,8 @@ def certify(
         The dense model, if it is at hand already; it is pruned in place.
     calibration
         Instead of the record's, for a model that was pruned on ready windows.
+    trust_remote_code
+        See `load_model`.
     observer
         Told about phases.
 
@@ -107,7 +110,7 @@ def certify(
     if rows is not None and rows < 1:
         raise InvalidInput(f"{rows} rows certify nothing; give at least 1.")
     if model is None:
-        model = _dense_model(settings, device)
+        model = _dense_model(settings, device, trust_remote_code)
     masks = load_masks(folder)
     windows = calibration_windows(
         model.model,
@@ -213,11 +216,13 @@ def _row_pattern(record: dict[str, Any]) -> Pattern:
     return pattern
 
 
-def _dense_model(settings: dict[str, Any], device: str) -> LoadedModel:
+def _dense_model(settings: dict[str, Any], device: str, trust_remote_code: bool) -> LoadedModel:
     source = settings.get("model")
     if source is None:
         raise InvalidInput("The record does not name its model; pass the dense model.")
-    return load_model(source, resolve_device(device), settings.get("dtype", "auto"))
+    return load_model(
+        source, resolve_device(device), settings.get("dtype", "auto"), trust_remote_code
+    )
 
 
 def _must_reproduce(name: str, problem: MaskProblem, mask: Tensor, recorded: float) -> None:

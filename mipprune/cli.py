@@ -45,6 +45,9 @@ Batch = Annotated[int, typer.Option("--batch-size", help="Windows per forward.")
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DTypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Of windows and solver.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
+]
 Blocks = Annotated[str | None, typer.Option(help="Name of the module list of blocks.")]
 
 
@@ -91,7 +94,11 @@ def prune(
     scope: Annotated[str, typer.Option(help="Sparsity per row or per layer.")] = "row",
     solver: Annotated[str, typer.Option(help="See `mipprune solvers`.")] = "swap",
     start: Annotated[
-        str | None, typer.Option(help="Solver whose mask to start from.  [default: wanda]")
+        str | None,
+        typer.Option(
+            help="Solver whose mask to start from, or current: the weights that are not zero."
+            "  [default: wanda]"
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -106,6 +113,7 @@ def prune(
     batch_size: Batch = 8,
     device: Device = "auto",
     dtype: DTypeOption = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     blocks: Blocks = None,
 ) -> None:
@@ -117,7 +125,7 @@ def prune(
     check_new(out)
     chosen_pattern = parse_pattern(sparsity, pattern, scope)
     options = parse_options(option or [])
-    loaded = _load(model, device, dtype)
+    loaded = _load(model, device, dtype, trust_remote_code)
     with _progress() as observe:
         report = run(
             loaded.model,
@@ -161,6 +169,7 @@ def evaluate(
     batch_size: Batch = 8,
     device: Device = "auto",
     dtype: DTypeOption = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here too.")
@@ -171,7 +180,7 @@ def evaluate(
     from .checkpoint import write_json
     from .evaluate import perplexity
 
-    loaded = _load(model, device, dtype)
+    loaded = _load(model, device, dtype, trust_remote_code)
     source, texts = read_texts(text, "evaluation")
     length = window_length(loaded.model.config, seqlen)
     windows = cut_windows(texts, source, loaded.tokenizer, length, samples, seed)
@@ -206,6 +215,7 @@ def problem(
     batch_size: Batch = 8,
     device: Device = "auto",
     dtype: DTypeOption = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     blocks: Blocks = None,
 ) -> None:
@@ -214,7 +224,7 @@ def problem(
     from .prune import layer_problem
 
     check_new(out)
-    loaded = _load(model, device, dtype)
+    loaded = _load(model, device, dtype, trust_remote_code)
     found = layer_problem(
         loaded.model,
         loaded.tokenizer,
@@ -315,6 +325,7 @@ def certify(
     rows: Annotated[int, typer.Option(help="Rows per layer, at random; 0 for all.")] = 16,
     row_seconds: Annotated[float, typer.Option(help="Most seconds per row.")] = 10.0,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ) -> None:
     """Bound how far each layer's mask is from the best; write certificates into the folder."""
@@ -329,6 +340,7 @@ def certify(
             row_seconds=row_seconds,
             seed=seed,
             device=device,
+            trust_remote_code=trust_remote_code,
             observer=_phases(status),
         )
     _out.print(certificate_table(found))
@@ -410,12 +422,12 @@ def _check_writable(file: Path) -> None:
         raise InvalidInput(f"{file} cannot be written; choose another file.")
 
 
-def _load(model: str, device: str, dtype: str) -> Any:
+def _load(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:
     from .models import load_model, resolve_device
 
     _quiet_transformers()
     with _err.status(f"Reading {model}"):
-        return load_model(model, resolve_device(device), dtype)  # type: ignore[arg-type]
+        return load_model(model, resolve_device(device), dtype, trust_remote_code)  # type: ignore[arg-type]
 
 
 def _phases(status: Status) -> Observer:

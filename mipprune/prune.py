@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from solvers import (
     InvalidInput,
     MaskProblem,
-    MaskSolution,
     Pattern,
     PerLayer,
     get_solver,
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Grams = Literal["pruned", "dense"]
+
+CURRENT = "current"
+"""As a start: the mask of the weights that are not zero, for a model that is sparse already."""
 
 REFERENCE = "wanda"
 """Every layer's loss is also given relative to this solver's mask on the same problem."""
@@ -195,7 +197,8 @@ def prune(
     pattern
         Sparsity pattern of every layer. Embeddings and language-model head stay dense.
     solver, start
-        Names out of `solvers.available`; a start of None leaves it to the solver.
+        Names out of `solvers.available`; a start of None leaves it to the solver. `CURRENT` starts
+        from the weights that are not zero, which have to follow the pattern.
     samples, seqlen
         Calibration windows and tokens in each (at most the model's positions).
     batch_size
@@ -223,16 +226,16 @@ def prune(
     chosen = get_solver(solver, **(solver_options or {}))
     if start is None and chosen.needs_start:
         start = DEFAULT_START
-    for name in filter(None, (solver, start)):
+    for name in filter(None, (solver, None if start == CURRENT else start)):
         reason = get_solver(name).unable(pattern)
         if reason is not None:
             raise InvalidInput(reason)
     if grams not in ("pruned", "dense"):
         raise InvalidInput(f"Grams are taken from 'pruned' or 'dense', not '{grams}'.")
     blocks_name, block_list = find_blocks(model, blocks)
-    covered = coverage(blocks_name, block_list)
+    covered = coverage(blocks_name, block_list, model)
     for layer in all_layers(blocks_name, block_list):
-        _check_layer(layer, pattern)
+        _check_layer(layer, pattern, start)
     model.eval()
     observer.begin(len(block_list), covered.prunable)
     observer.phase("calibration text")
@@ -263,7 +266,10 @@ def prune(
         replay_error=walk.replay_error,
     )
     if covered.share < 0.95:
-        report.warnings.append(f"Only {covered.share:.0%} of the block weights are prunable.")
+        left = ", ".join(covered.uncovered[:4]) + (", ..." if covered.uncovered[4:] else "")
+        report.warnings.append(
+            f"Only {covered.share:.0%} of the block weights are prunable; left dense: {left}."
+        )
     if len(windows.tokens) < samples:
         report.warnings.append(
             f"The text gave {len(windows.tokens)} windows of {windows.tokens.shape[1]} tokens, "
@@ -358,7 +364,7 @@ def model_environment(model: nn.Module) -> dict[str, Any]:
     return {**environment(parameter.device, ["transformers"]), "dtype": dtype}
 
 
-def _check_layer(layer: PrunableLayer, pattern: Pattern) -> None:
+def _check_layer(layer: PrunableLayer, pattern: Pattern, start: str | None) -> None:
     rows, inputs = layer.weight.shape
     try:
         pattern.check((rows, inputs))
@@ -366,6 +372,13 @@ def _check_layer(layer: PrunableLayer, pattern: Pattern) -> None:
         raise InvalidInput(f"Layer {layer.name}: {error}") from None
     if not bool(torch.isfinite(layer.weight).all()):
         raise InvalidInput(f"Layer {layer.name} has NaN or infinite weights; mend the model first.")
+    if start == CURRENT:
+        mask = layer.weight != 0
+        if not pattern.is_feasible(mask):
+            raise InvalidInput(
+                f"Layer {layer.name} has {1 - float(mask.double().mean()):.1%} zeros, which do not "
+                f"follow the pattern {pattern}; start from a solver's mask, such as wanda."
+            )
 
 
 def _prune_layer(
@@ -380,20 +393,25 @@ def _prune_layer(
     """Solve one layer and write its mask into the model."""
     began = time.perf_counter()
     problem = MaskProblem(layer.weight, gram.matrix, pattern)
-    note = ""
-    started: MaskSolution | None = None
+    note = gram.note
+    started: Tensor | None = None
     if gram.tokens == 0:
         note = _ZERO_TOKENS
         solution = solve(problem, "magnitude", seed=seed)
     elif start is None:
         solution = solve(problem, solver, seed=seed, **options)
     else:
-        started = solve(problem, start, seed=seed)
-        solution = solve(problem, solver, start=started.mask, seed=seed, **options)
+        started = layer.weight != 0 if start == CURRENT else solve(problem, start, seed=seed).mask
+        solution = solve(problem, solver, start=started, seed=seed, **options)
     seconds = time.perf_counter() - began
 
     loss = float(solution.objective.sum())
-    reference = started if start == REFERENCE and started else solve(problem, REFERENCE)
+    loss_start = None if started is None else float(problem.objective(started).sum())
+    reference = (
+        loss_start
+        if loss_start is not None and start == REFERENCE
+        else float(solve(problem, REFERENCE).objective.sum())
+    )
     energy = float(problem.output_energy().sum())
     rows, inputs = problem.shape
     result = LayerResult(
@@ -403,9 +421,9 @@ def _prune_layer(
         tokens=gram.tokens,
         dead_inputs=int((gram.matrix.diagonal() == 0).sum()),
         sparsity=1.0 - float(solution.mask.double().mean()),
-        loss_start=float(started.objective.sum()) if started else None,
+        loss_start=loss_start,
         loss=loss,
-        loss_reference=float(reference.objective.sum()),
+        loss_reference=reference,
         relative_error=loss / energy if energy > 0 else 0.0,
         status=solution.status.name,
         seconds=seconds,
