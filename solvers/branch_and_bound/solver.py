@@ -82,7 +82,7 @@ class BranchAndBound(Solver):
     root_rounds: int = 120
     root_gain: float = 0.15
     root_triangles_above: float = 0.02
-    subtree_nodes: int = 8000
+    subtree_nodes: int = 25_000
     subtree_rounds: int = 12
     max_nodes: int | None = None
     max_steps: int = 2000
