@@ -105,8 +105,8 @@ def fitted_price(
     """
     low, high = sorted(marginal_prices(problem, mask))
     price = (low + high) / 2
-    step = max(high - low, 0.1 * abs(price), 1e-12)
     mean = float(problem.objective(mask).sum()) / len(mask)
+    step = max(high - low, 0.1 * abs(price), 1e-3 * abs(mean))
     wanted = float((~mask[list(pilot)]).sum())
     workers = threads(problem)
     turns = _EVALUATIONS * -(-len(pilot) // workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -81,6 +82,8 @@ class Semidefinite(Solver):
             raise InvalidInput(f"rel_gap={self.rel_gap} is negative; give 0 or more.")
         if self.rounds < 1 or not self.row_seconds > 0:
             raise InvalidInput("rounds and row_seconds must be positive; they bound the work.")
+        if self.price is not None and not math.isfinite(self.price):
+            raise InvalidInput(f"price={self.price} is no price; give a finite number or None.")
 
     def _search(
         self,

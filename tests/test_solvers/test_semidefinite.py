@@ -155,7 +155,12 @@ def test_what_is_no_single_program_is_refused():
     with pytest.raises(InvalidInput, match="separate programs"):
         BinaryProgram.of(make_problem(2, 4, PerRow(sparsity=0.5)))
     problem = make_problem(1, 4, PerRow(sparsity=0.5))
-    for option in ({"rel_gap": -1.0}, {"rounds": 0}, {"row_seconds": 0.0}):
+    for option in (
+        {"rel_gap": -1.0},
+        {"rounds": 0},
+        {"row_seconds": 0.0},
+        {"price": float("nan")},
+    ):
         with pytest.raises(InvalidInput):
             solve(problem, "semidefinite", **option)
 
