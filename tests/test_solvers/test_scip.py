@@ -85,6 +85,7 @@ def test_reformulation_raises_the_root_bound_and_may_save_the_tree():
     assert float(loose.gap) <= 0.3
 
 
+@pytest.mark.parametrize("pattern", [PerRow(keep=3), PerLayer(keep=5)], ids=str)
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_losses_of_any_size(scale, pattern):
     problem = make_problem(2, 6, pattern, "linear", seed=2)
