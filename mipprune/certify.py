@@ -2,6 +2,11 @@
 
 The run is repeated from the record: same dense model, same calibration tokens, same masks, so
 that every layer's problem is rebuilt; then rows are bounded from below, all or a random sample.
+
+Where the rows of a layer share a budget, they are bounded at one price of a pruned weight. For
+all rows together that bounds the layer. For a sample it bounds these rows with the number of
+weights that they keep now; and because the layer's gap at this price is the sum of its rows'
+gaps, the sample estimates it.
 """
 
 from __future__ import annotations
@@ -18,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers import InvalidInput, MaskProblem, Pattern, pattern_from_dict, solve
+from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, pattern_from_dict, solve
 from solvers.certificate import check, load_certificates, save_certificates
+from solvers.semidefinite.layer import fitted_price
 
 from .calibration import Windows
 from .checkpoint import RECORD_FILE, load_masks, write_json
@@ -31,6 +37,9 @@ FOLDER = "certificates"
 _REPRODUCED = 1e-3
 """A layer's loss may differ by so much, relatively, from the record's (other machines round
 otherwise); beyond it, this is not the run that the record describes."""
+
+_PILOT = 8
+"""Rows on which the price of a layer's budget is found."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,16 @@ class LayerCertificate:
     rows
         Certified rows; all or a random sample.
     loss, bound
-        Summed over these rows; no mask of the pattern loses less than the bound on them.
-    gap
-        ``(loss - bound) / loss``.
+        Summed over these rows; no mask of the pattern loses less than the bound on them (with
+        a shared budget: that keeps as many weights in these rows).
+    gap, gap_margin
+        ``(loss - bound) / loss``, and the half width of its 95 % confidence interval for the
+        whole layer (ratio estimate; 0 for all rows, None for a single one).
     mean_row_gap, margin
         Mean of the rows' gaps, and the half width of its 95 % confidence interval for the whole
         layer (Student's t with finite population; 0 for all rows, None for a single one).
+    price
+        Of a pruned weight, where the rows share a budget; it is found on other rows than these.
     """
 
     name: str
@@ -57,8 +70,10 @@ class LayerCertificate:
     loss: float
     bound: float
     gap: float
+    gap_margin: float | None
     mean_row_gap: float
     margin: float | None
+    price: float | None
 
 
 def certify(
@@ -99,14 +114,13 @@ def certify(
     Raises
     ------
     InvalidInput
-        If the folder holds no such model, its pattern couples rows, or the run it records cannot
-        be repeated here.
+        If the folder holds no such model, or the run it records cannot be repeated here.
     """
     observer = observer or Observer()
     folder = Path(folder)
     record = read_record(folder)
     settings = record["settings"]
-    pattern = _row_pattern(record)
+    pattern = pattern_from_dict(record["settings"]["pattern"])
     if rows is not None and rows < 1:
         raise InvalidInput(f"{rows} rows certify nothing; give at least 1.")
     if model is None:
@@ -165,7 +179,7 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
     """
     folder = Path(folder)
     record = read_record(folder)
-    pattern = _row_pattern(record)
+    pattern = pattern_from_dict(record["settings"]["pattern"])
     certified = [layer for layer in record["layers"] if "certificate" in layer]
     if not certified:
         raise InvalidInput(f"{folder} has no certificates; make them with mipprune certify.")
@@ -175,8 +189,12 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
         name, claimed = layer["name"], layer["certificate"]
         certificates_file, problem_file = _files(folder, name)
         try:
+            violation = pattern.violation(masks[name])
+            if violation is not None:
+                raise InvalidInput(f"The mask does not follow the pattern: {violation}.")
             certificates = load_certificates(certificates_file)
-            rows = check(MaskProblem.load(problem_file, pattern), certificates)
+            part = _pattern_of_rows(pattern, masks[name][claimed["rows"]])
+            rows = check(MaskProblem.load(problem_file, part), certificates)
             for certificate, row in zip(certificates, claimed["rows"], strict=True):
                 if not np.array_equal(certificate.mask, masks[name][row].numpy()):
                     raise InvalidInput("a certified mask is not the model's.")
@@ -204,16 +222,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidInput(f"{path} is not JSON ({error}).") from error
     return record
-
-
-def _row_pattern(record: dict[str, Any]) -> Pattern:
-    pattern = pattern_from_dict(record["settings"]["pattern"])
-    if pattern.coupled:
-        raise InvalidInput(
-            f"Rows under the pattern {pattern} share a budget and cannot be certified one by one; "
-            "only per-row and keep:group patterns can."
-        )
-    return pattern
 
 
 def _dense_model(settings: dict[str, Any], device: str, trust_remote_code: bool) -> LoadedModel:
@@ -251,8 +259,26 @@ def _certify_layer(
     seed: int,
 ) -> LayerCertificate:
     """Bound some rows, write their certificates, and sum up."""
-    part, kept = problem.rows(chosen), mask[chosen]
-    solution = solve(part, "semidefinite", start=kept, row_seconds=row_seconds, seed=seed)
+    kept, price = mask[chosen], None
+    part = MaskProblem(
+        problem.weight[chosen],
+        problem.gram,
+        _pattern_of_rows(problem.pattern, kept),
+        None if problem.linear is None else problem.linear[chosen],
+    )
+    if problem.pattern.coupled:
+        others = sorted(set(range(len(mask))) - set(chosen)) or chosen
+        pilot = [others[at] for at in _sample(len(others), _PILOT, (seed, len(others)))]
+        price = fitted_price(problem, mask, pilot, len(pilot) * row_seconds / 2)
+    solution = solve(
+        part,
+        "semidefinite",
+        start=kept,
+        row_seconds=row_seconds,
+        seed=seed,
+        decompose=problem.pattern.coupled,
+        price=price,
+    )
     # The solver may have found better masks; what is certified is the model's own.
     certificates = [
         dataclasses.replace(certificate, mask=kept[certificate.row].numpy())
@@ -264,15 +290,26 @@ def _certify_layer(
     save_certificates(certificates_file, certificates)
     loss, bound = sum(row.objective for row in verified), sum(row.bound for row in verified)
     gaps = torch.tensor([row.gap for row in verified], dtype=torch.float64)
+    losses = torch.tensor([row.objective for row in verified], dtype=torch.float64)
+    bounds = torch.tensor([row.bound for row in verified], dtype=torch.float64)
+    gap = (loss - bound) / loss if loss else 0.0
+    unexplained = (losses - bounds - gap * losses) / losses.mean() if loss else 0.0 * losses
     return LayerCertificate(
         name=name,
         rows=chosen,
         loss=loss,
         bound=bound,
-        gap=(loss - bound) / loss if loss else 0.0,
+        gap=gap,
+        gap_margin=_margin(unexplained, problem.shape[0]),
         mean_row_gap=float(gaps.mean()),
         margin=_margin(gaps, problem.shape[0]),
+        price=price,
     )
+
+
+def _pattern_of_rows(pattern: Pattern, kept: Tensor) -> Pattern:
+    """The pattern for some rows of a layer, whose mask (bool ``[rows, d]``) follows it."""
+    return PerLayer(keep=int(kept.sum())) if pattern.coupled else pattern
 
 
 def _margin(gaps: Tensor, population: int) -> float | None:

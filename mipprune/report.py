@@ -49,11 +49,12 @@ def certificate_table(certificates: Sequence[LayerCertificate]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for one in certificates:
         margin = "" if one.margin is None else f" ± {one.margin:.2%}"
+        gap_margin = "" if one.gap_margin is None else f" ± {one.gap_margin:.2%}"
         table.add_row(
             one.name,
             str(len(one.rows)),
             f"{one.loss:.4g}",
-            f"{one.gap:.2%}",
+            f"{one.gap:.2%}{gap_margin}",
             f"{one.mean_row_gap:.2%}{margin}",
         )
     loss, bound = sum(one.loss for one in certificates), sum(one.bound for one in certificates)

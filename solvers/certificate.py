@@ -13,6 +13,10 @@ x with the pattern's counts, ``x_i^2 = x_i`` and every cut of `CUTS` is non-nega
 
 If ``C + shift I`` is positive semi-definite on the vectors that satisfy the counts, then
 ``y^T C y >= -shift |y|^2 = -shift (1 + pruned)``.
+
+Where the rows of a layer share a budget, a certificate has a price ``lambda`` and bounds
+``loss(x) - lambda 1^T x`` over all binary x, whatever their counts. With the same price in all
+rows, the bounds plus the price times the number of pruned weights bound the layer's loss.
 """
 
 from __future__ import annotations
@@ -62,9 +66,11 @@ class Certificate:
     mask
         Bool ``[d]``, True = keep.
     bound
-        Claimed: no allowed mask of this row costs less.
+        Claimed: no allowed mask of this row costs less (less ``price`` per pruned weight).
     offset, diagonal, family, index, multiplier, shift
         ``gamma``; ``D`` ``[d]``; families, inputs ``[cuts, 3]`` and multipliers of the cuts; shift.
+    price
+        ``lambda`` where the rows share a budget; None where they do not.
     """
 
     row: int
@@ -76,11 +82,16 @@ class Certificate:
     index: Array
     multiplier: Array
     shift: float
+    price: float | None = None
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What the checker found of one row, all recomputed."""
+    """What the checker found of one row, all recomputed.
+
+    Where rows share a budget, ``bound`` is the row's share: only the sum over all rows means
+    anything.
+    """
 
     row: int
     objective: float
@@ -106,9 +117,31 @@ def check(problem: MaskProblem, certificates: Sequence[Certificate]) -> list[Ver
     ------
     InvalidCertificate
         If a mask breaks the pattern, a multiplier has the wrong sign, a cut names no inputs, the
-        matrix is not positive semi-definite, or the claimed bound is above the proven one.
+        matrix is not positive semi-definite, or the claimed bound is above the proven one; where
+        rows share a budget, also if a row is missing or the prices differ.
     """
+    if problem.pattern.coupled:
+        _check_layer(problem, certificates)
     return [_check_row(problem, certificate) for certificate in certificates]
+
+
+def _check_layer(problem: MaskProblem, certificates: Sequence[Certificate]) -> None:
+    """What the rows of a shared budget must have in common."""
+    rows, d = problem.shape
+    if sorted(c.row for c in certificates) != list(range(rows)):
+        raise InvalidCertificate(
+            f"The rows share a budget, so each of the {rows} needs one certificate."
+        )
+    prices = {c.price for c in certificates}
+    if len(prices) != 1 or None in prices:
+        raise InvalidCertificate("Rows that share a budget need one price, the same in all.")
+    if any(c.mask.shape != (d,) or c.mask.dtype != np.bool_ for c in certificates):
+        raise InvalidCertificate(f"A mask does not fit {d} inputs.")
+    ordered = sorted(certificates, key=lambda c: c.row)
+    mask = torch.from_numpy(np.stack([c.mask for c in ordered]))
+    violation = problem.pattern.violation(mask)
+    if violation is not None:
+        raise InvalidCertificate(f"The masks do not follow the pattern: {violation}.")
 
 
 def _check_row(problem: MaskProblem, certificate: Certificate) -> Verified:
@@ -117,13 +150,16 @@ def _check_row(problem: MaskProblem, certificate: Certificate) -> Verified:
     where = f"Row {c.row}"
     if not 0 <= c.row < rows:
         raise InvalidCertificate(f"{where} is not among the problem's {rows} rows.")
-    if not isinstance(pattern, CellPattern) or pattern.coupled:
-        raise InvalidCertificate(f"The pattern {pattern} does not fall into rows.")
+    if not isinstance(pattern, CellPattern):
+        raise InvalidCertificate(f"The pattern {pattern} has no cells.")
+    if c.price is not None and not pattern.coupled:
+        raise InvalidCertificate(f"{where} has a price, but a number of its own to keep.")
     if c.mask.shape != (d,) or c.mask.dtype != np.bool_ or c.diagonal.shape != (d,):
         raise InvalidCertificate(f"{where}: mask or diagonal does not fit {d} inputs.")
     if c.index.shape != (len(c.family), 3) or c.multiplier.shape != c.family.shape:
         raise InvalidCertificate(f"{where}: the cuts' families, inputs and multipliers differ.")
-    numbers = [c.bound, c.offset, c.shift, *c.diagonal, *c.multiplier]
+    price = c.price or 0.0
+    numbers = [c.bound, c.offset, c.shift, price, *c.diagonal, *c.multiplier]
     if not np.isfinite(numbers).all():
         raise InvalidCertificate(f"{where}: the witness has NaN or infinite numbers.")
     if len(c.family) and not (
@@ -135,28 +171,34 @@ def _check_row(problem: MaskProblem, certificate: Certificate) -> Verified:
         raise InvalidCertificate(f"{where}: a cut names no family or inputs that there are.")
     if (c.multiplier < 0).any() or c.shift < 0:
         raise InvalidCertificate(f"{where}: a multiplier or the shift is negative.")
-    mask = torch.from_numpy(c.mask)[None]
-    one = problem.rows([c.row]).to("cpu")
-    violation = pattern.violation(mask)
-    if violation is not None:
-        raise InvalidCertificate(f"{where}: the mask does not follow the pattern: {violation}.")
-    size = pattern.cell_size((1, d))
-    ones = size - pattern.kept_per_cell((1, d))
-    weight = one.weight[0].double().numpy()
-    linear = np.zeros(d) if one.linear is None else one.linear[0].numpy()
-    quadratic = weight[:, None] * one.gram.double().numpy() * weight
-    proven = _proven_bound(quadratic, linear, size, ones, c, where)
+    counts = np.zeros((d, 0))
+    ones = np.zeros(0)
+    if not pattern.coupled:
+        violation = pattern.violation(torch.from_numpy(c.mask)[None])
+        if violation is not None:
+            raise InvalidCertificate(f"{where}: the mask does not follow the pattern: {violation}.")
+        size = pattern.cell_size((1, d))
+        ones = np.full(d // size, size - pattern.kept_per_cell((1, d)))
+        counts = np.repeat(np.eye(d // size), size, axis=0)
+    weight, gram = problem.weight[c.row].double().cpu().numpy(), problem.gram.double().cpu().numpy()
+    linear = np.zeros(d) if problem.linear is None else problem.linear[c.row].cpu().numpy()
+    quadratic = weight[:, None] * gram * weight
+    proven = _proven_bound(quadratic, linear - price, counts, ones, c, where)
     if c.bound > proven:
         raise InvalidCertificate(
             f"{where} claims the bound {c.bound!r}, but only {proven!r} is proven."
         )
-    return Verified(c.row, float(one.objective(mask)), proven)
+    x = (~c.mask).astype(np.float64)
+    loss = float(x @ quadratic @ x + linear @ x)
+    paid = price * float(x.sum())
+    bound = proven + paid - 4 * _ROUNDING * (abs(proven) + abs(paid)) if paid else proven
+    return Verified(c.row, loss, bound)
 
 
 def _proven_bound(
-    quadratic: Array, linear: Array, size: int, ones: int, c: Certificate, where: str
+    quadratic: Array, linear: Array, counts: Array, ones: Array, c: Certificate, where: str
 ) -> float:
-    """The bound that the witness proves for ``x^T Q x + l^T x``, ``ones`` ones in every cell."""
+    """The bound that the witness proves for ``x^T Q x + l^T x`` where ``counts^T x = ones``."""
     d = len(linear)
     form = np.zeros((d + 1, d + 1))
     form[1:, 1:] = quadratic - np.diag(c.diagonal)
@@ -175,15 +217,12 @@ def _proven_bound(
         magnitude += 8 * u.sum()
     form[0, 1:] = form[1:, 0] = border / 2
     form[0, 0] = -c.offset
-    counts = np.zeros((d + 1, d // size))
-    counts[0] = -ones
-    counts[1 + np.arange(d), np.arange(d) // size] = 1.0
-    normals = np.linalg.qr(counts)[0]
+    normals = np.linalg.qr(np.vstack([-ones, counts]))[0]
     if not _is_semidefinite_beside(form, normals, c.shift):
         raise InvalidCertificate(
             f"{where}: the witness' matrix is not positive semi-definite, so it proves nothing."
         )
-    total = 1 + ones * (d // size)
+    total = 1 + (ones.sum() if len(ones) else d)
     value = constant - c.shift * total
     return float(value - 4 * _ROUNDING * (d + 8) * (magnitude + c.shift * total))
 
@@ -219,6 +258,7 @@ def save_certificates(path: str | os.PathLike[str], certificates: Sequence[Certi
 
     tensors = {
         **{n: np.array([getattr(c, n) for c in certificates]) for n in _SCALARS},
+        "price": np.array([np.nan if c.price is None else c.price for c in certificates]),
         **{n: np.stack([getattr(c, n) for c in certificates]) for n in _PER_ROW},
         **{n: np.concatenate([getattr(c, n) for c in certificates]) for n in _PER_CUT},
         "cuts": np.array([len(c.family) for c in certificates]),
@@ -257,6 +297,7 @@ def load_certificates(path: str | os.PathLike[str]) -> list[Certificate]:
                 index=t["index"][span],
                 multiplier=t["multiplier"][span],
                 shift=float(t["shift"][i]),
+                price=None if np.isnan(t["price"][i]) else float(t["price"][i]),
             )
             for i, span in enumerate(spans)
         ]

@@ -6,9 +6,9 @@ import math
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput
-from .pattern import Constraints, Pattern
+from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
 from .solution import Status, TracePoint, shared_out
 from .solver import Callback, Clock, Outcome, Progress, Solver
+from .swap import Swap
+
+if TYPE_CHECKING:
+    from .semidefinite.reformulation import Reformulation
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,6 +37,12 @@ _GUARD = 1e-6
 
 _LEAST_UNIT = 1e-3
 """Smallest unit of a program, as a share of ``trace(Q) + sum |linear|``: keeps ``F`` moderate."""
+
+_PAYS = range(64, 1025)
+"""Inputs of a row that is reformulated by default: below, SCIP alone is about as quick."""
+
+_ROOT_SHARE = 0.3
+"""Share of the time for the reformulation."""
 
 _EPSILON = 1e-9
 """Coefficients that SCIP takes for zero."""
@@ -57,6 +67,11 @@ class Scip(Solver):
     ``y = F (1 - m)``, ``sum y_i^2 <= t``, and the pattern's constraints hold: several times
     faster in SCIP than the quadratic form itself. Rows that share a budget become one program.
 
+    Before SCIP sees a program whose pattern has cells, ``Q`` and ``linear`` are replaced by the
+    quadratic convex reformulation (`solvers.semidefinite.reformulation`): equal at every allowed
+    mask, with a far better relaxation. If the semidefinite bound with cuts already proves the
+    best mask known, SCIP is not called at all.
+
     Parameters
     ----------
     rel_gap
@@ -67,17 +82,21 @@ class Scip(Solver):
         Programs solved at the same time; an interrupt then waits for those being solved.
     verbose
         Whether SCIP prints its log.
+    reformulation
+        Whether to reformulate; None for where it pays: rows of 64 to 1024 inputs. A shared budget
+        is not reformulated by default, because the form loses the blocks that the rows are.
 
     Notes
     -----
     The time left is divided evenly over the programs that remain.
 
-    SCIP begins with the start, or else with Wanda's mask.
+    SCIP begins with the start, or else with Wanda's mask; improved by swaps if reformulated.
 
     The bound is SCIP's claim, not a certificate: SCIP computes in floating point and lets every
     constraint be violated by 1e-7, on a program scaled so that its first mask costs about 1.
     The bound is therefore lowered by 1e-6 of that cost, and by what ``F`` lacks of ``Q``
-    (negative eigenvalues of a rounded Gram matrix cannot be in it). Of rows that share a budget
+    (negative eigenvalues of a rounded Gram matrix cannot be in it). The semidefinite bound of the
+    reformulation needs no such trust, and counts where it is higher. Of rows that share a budget
     only the *sum* of the bounds is one: the gap is shared out in proportion to their losses.
 
     ``stats``: ``nodes`` of all trees, and lists with one entry per program: ``program_nodes``,
@@ -88,6 +107,7 @@ class Scip(Solver):
     node_limit: int | None = None
     threads: int = 1
     verbose: bool = False
+    reformulation: bool | None = None
 
     name = "scip"
     summary = "exact, by SCIP's branch and bound; for rows of some 100 inputs at most"
@@ -176,7 +196,15 @@ class Scip(Solver):
         clock = clock.part(1 / remaining)
         if start is None:
             start = part.pattern.round(Wanda().score(part))
-        program = _Program.of(part, start)
+        if self._reformulates(part) and not clock.expired:
+            program, start = self._reformulated(part, start, clock)
+        else:
+            program = _Program.of(part, start)
+        objective = part.objective(start)
+        total = float(objective.sum())
+        if total - program.least * program.unit <= self.rel_gap * abs(total):
+            bound = shared_out(program.least * program.unit, objective)
+            return _Answer(start, objective, bound, Status.OPTIMAL, 0, clock.seconds)
         found = self._run_scip(program, start, clock, seed)
         mask, status = found.values.view(part.shape) > 0.5, found.status
         if not part.pattern.is_feasible(mask):  # by less than SCIP's tolerance
@@ -192,6 +220,44 @@ class Scip(Solver):
             nodes=found.nodes,
             seconds=clock.seconds,
         )
+
+    def _reformulates(self, part: MaskProblem) -> bool:
+        if not isinstance(part.pattern, CellPattern):
+            return False
+        pays = not part.pattern.coupled and part.shape[1] in _PAYS
+        return pays if self.reformulation is None else self.reformulation
+
+    def _reformulated(
+        self, part: MaskProblem, start: Tensor, clock: Clock
+    ) -> tuple[_Program, Tensor]:
+        """The reformulated program, and a better start."""
+        from .semidefinite.ascent import Effort
+        from .semidefinite.program import BinaryProgram
+        from .semidefinite.reformulation import reformulate
+        from .semidefinite.solver import Incumbent
+
+        best = Swap(dtype="float64").solve(part, start=start)
+        incumbent = Incumbent(part, best.mask, best.objective)
+        program, binary = _Program.of(part, best.mask), BinaryProgram.of(part)
+        equal, cut = (
+            reformulate(
+                binary,
+                incumbent.total,
+                Effort(
+                    max_rounds=120,
+                    seconds=_ROOT_SHARE / 2 * clock.remaining,
+                    least_gain=0.15,
+                    triangles_above=0.02,
+                    cuts=cuts,
+                ),
+                unit=program.unit,
+                rel_gap=self.rel_gap,
+                improved=incumbent.improve,
+            )
+            for cuts in (False, True)
+        )
+        least = max(program.least, equal.bound / program.unit, cut.bound / program.unit)
+        return program.reformulated(equal, binary.cell_normals(), least), incumbent.mask
 
     def _run_scip(self, program: _Program, start: Tensor, clock: Clock, seed: int) -> _Found:
         """Let SCIP solve a program from a start; what it found, in the program's units."""
@@ -254,30 +320,57 @@ class _Answer:
 
 
 @dataclass(frozen=True)
-class _Program:
-    """One mixed-integer program: rows of a problem, divided by ``unit``.
+class _Block:
+    """A term ``|F (x - centre)|^2`` of the loss.
 
     Attributes
     ----------
-    factors
-        ``F [rank, d]`` of each row.
+    factor
+        ``F [rank, n]``.
+    centre
+        ``[n]``.
+    inputs
+        Places of these x among all weights.
+    """
+
+    factor: Floats
+    centre: Floats
+    inputs: slice
+
+
+@dataclass(frozen=True)
+class _Program:
+    """One mixed-integer program: rows of a problem, divided by ``unit``.
+
+    With ``x = 1 - mask``, flat: ``sum |F (x - centre)|^2 + linear^T x + constant``.
+
+    Attributes
+    ----------
+    blocks
+        The squares.
     linear
-        Float64 ``[rows, d]``.
+        Float64 ``[rows * d]``.
+    constant
+        Of the loss.
     constraints
         Of the pattern.
     unit
         Loss of the start, or a thousandth of ``trace(Q) + sum |linear|`` if that is larger; 1 if
         both are 0.
     missing
-        By how much the loss of a mask may be below what ``factors`` make of it.
+        By how much the loss of a mask may be below what ``blocks`` make of it.
+    least
+        A bound without any search.
     """
 
-    factors: list[Floats]
+    blocks: list[_Block]
     linear: Floats
+    constant: float
     constraints: Constraints
     pattern: Pattern
     unit: float
     missing: float
+    least: float
 
     @classmethod
     def of(cls, problem: MaskProblem, start: Tensor) -> _Program:
@@ -288,38 +381,69 @@ class _Program:
         loss = abs(float(problem.objective(start).sum()))
         unit = max(loss, _LEAST_UNIT * size) or 1.0
         pairs = [_factor(w[:, None] * gram * w / unit) for w in weight]
+        missing = sum(missing for _, missing in pairs)
+        d = problem.shape[1]
         return cls(
-            factors=[factor for factor, _ in pairs],
-            linear=linear / unit,
+            blocks=[
+                _Block(factor, np.zeros(d), slice(r * d, (r + 1) * d))
+                for r, (factor, _) in enumerate(pairs)
+            ],
+            linear=linear.ravel() / unit,
+            constant=0.0,
             constraints=problem.pattern.constraints(problem.shape),
             pattern=problem.pattern,
             unit=unit,
-            missing=sum(missing for _, missing in pairs),
+            missing=missing,
+            # No quadratic loss, and all that pruning can gain.
+            least=float(np.minimum(linear / unit, 0).sum()) - missing,
         )
 
-    @property
-    def least(self) -> float:
-        """A bound without any search: no quadratic loss, and all that pruning can gain."""
-        return float(np.minimum(self.linear, 0).sum()) - self.missing
+    def reformulated(self, found: Reformulation, normals: Floats, least: float) -> _Program:
+        """The same program with a form of equal values in place of the loss.
+
+        The form is convex only where the cells' sums hold. There, ``x - centre`` is orthogonal
+        to the ``normals`` (orthonormal ``[weights, cells]``) if the centre keeps the sums too;
+        so they are projected out of the square. The centre is where the form is about least:
+        SCIP's first tangent then gives about the semidefinite bound.
+        """
+        from .semidefinite.dual import projected
+
+        form, sizes = found.form, (normals != 0).sum(axis=0)
+        ones = self.constraints.matrix.sum(axis=1) - self.constraints.upper
+        relaxed = np.clip(found.relaxed, 0.0, 1.0)
+        sums = self.constraints.matrix @ relaxed
+        centre = relaxed - normals @ ((sums - ones) / np.sqrt(sizes))
+        factor, missing = _factor(projected(form.quadratic, normals))
+        slope = 2 * form.quadratic @ centre + form.linear
+        here = form.value(centre)
+        return replace(
+            self,
+            blocks=[_Block(factor, centre, slice(0, len(centre)))],
+            linear=slope,
+            constant=here - float(slope @ centre),
+            missing=missing,
+            least=least,
+        )
 
     def model(self, start: Tensor) -> tuple[Any, list[Any]]:
         """SCIP's model, which knows the mask ``start``, and its variables for the mask."""
         from pyscipopt import Model, quicksum
 
         model = Model()
-        mask = [model.addVar(vtype="B", obj=-cost) for cost in self.linear.flat]
-        model.addObjoffset(float(self.linear.sum()))
+        mask = [model.addVar(vtype="B", obj=-cost) for cost in self.linear]
+        model.addObjoffset(self.constant + float(self.linear.sum()))
         self._constrain(model, mask)
-        variables, values = list(mask), start.flatten().double().tolist()
-        d = start.shape[1]
-        for r, factor in enumerate(self.factors):
-            outputs = [model.addVar(lb=None) for _ in factor]
-            for output, row in zip(outputs, factor, strict=True):
-                kept = quicksum(float(row[j]) * mask[r * d + int(j)] for j in row.nonzero()[0])
-                model.addCons(output + kept == float(row.sum()))
+        kept = start.flatten().double().numpy()
+        variables, values = list(mask), kept.tolist()
+        for block in self.blocks:
+            outputs = [model.addVar(lb=None) for _ in block.factor]
+            some, dense = mask[block.inputs], block.factor @ (1.0 - block.centre)
+            for output, row, total in zip(outputs, block.factor, dense, strict=True):
+                taken = quicksum(float(row[j]) * some[int(j)] for j in row.nonzero()[0])
+                model.addCons(output + taken == float(total))
             loss = model.addVar(obj=1.0)
             model.addCons(quicksum(output * output for output in outputs) <= loss)
-            lost = factor @ (~start[r]).double().numpy()
+            lost = dense - block.factor @ kept[block.inputs]
             variables += [*outputs, loss]
             values += [*lost.tolist(), float(lost @ lost)]
         solution = model.createSol()

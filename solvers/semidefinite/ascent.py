@@ -35,12 +35,15 @@ class Effort:
     triangles_above
         When that happens at a larger relative gap than this, triangle inequalities are added to
         the pairwise ones, and the ascent goes on until it stalls again.
+    cuts
+        Whether to add cuts at all; without, only the diagonal is improved.
     """
 
     max_rounds: int
     seconds: float
     least_gain: float
     triangles_above: float
+    cuts: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def strengthen(
     size = program.size
     if size == 0:
         at = Iterate.zero(program.inputs)
-        at.matrix[0, 1:] = program.pruned[program.cell] / np.bincount(program.cell)[program.cell]
+        at.matrix[0, 1:] = program.centre()
         return Bounded(program.constant, Witness.of(program, at.multipliers), at, 0, 0)
     found = ascend(
         program.scaled(1 / size),
@@ -155,12 +158,13 @@ def _ascend(
         gaps.append(target - best_bound)
         stalled = len(gaps) > _STALL_ROUNDS
         if stalled and gaps[-1] > (1 - effort.least_gain) * gaps[-1 - _STALL_ROUNDS]:
-            if triangles or gaps[-1] <= effort.triangles_above * abs(target):
+            if triangles or not effort.cuts or gaps[-1] <= effort.triangles_above * abs(target):
                 break
             triangles = True
             gaps.clear()
-        with_triangles = triangles and rounds % _TRIANGLE_EVERY == 0
-        ascent.add_cuts(10 * program.inputs, _THRESHOLD, with_triangles)
+        if effort.cuts:
+            with_triangles = triangles and rounds % _TRIANGLE_EVERY == 0
+            ascent.add_cuts(10 * program.inputs, _THRESHOLD, with_triangles)
     return Bounded(best_bound, Witness.of(program, best), ascent.at, rounds, ascent.evaluations)
 
 

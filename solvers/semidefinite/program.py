@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 class BinaryProgram:
     """``min x^T Q x + l^T x + c`` over binary ``x`` (1 = pruned) with ``s_g`` ones in cell g.
 
+    Without cells, all binary ``x`` are allowed.
+
     Attributes
     ----------
     quadratic
@@ -26,7 +28,7 @@ class BinaryProgram:
     linear
         ``l``, float64 ``[d]``.
     cell
-        Cell of each input, int ``[d]``.
+        Cell of each input, int ``[d]``; empty if there are none.
     pruned
         ``s``, the number of ones in each cell, int ``[cells]``.
     constant
@@ -62,6 +64,16 @@ class BinaryProgram:
             pruned=np.full(rows * d // size, size - pattern.kept_per_cell((rows, d))),
         )
 
+    @classmethod
+    def priced(cls, problem: MaskProblem, row: int, price: float) -> BinaryProgram:
+        """One row that may prune any number of weights, each for ``price``."""
+        weight, gram = problem.weight[row].double().cpu().numpy(), problem.gram.double()
+        linear = np.zeros(len(weight))
+        if problem.linear is not None:
+            linear = problem.linear[row].cpu().numpy()
+        none = np.zeros(0, np.int64)
+        return cls(weight[:, None] * gram.cpu().numpy() * weight, linear - price, none, none)
+
     @property
     def inputs(self) -> int:
         """``d``."""
@@ -69,8 +81,8 @@ class BinaryProgram:
 
     @property
     def ones(self) -> int:
-        """Number of ones in every allowed ``x``."""
-        return int(self.pruned.sum())
+        """Most ones in an allowed ``x``; where there are cells, each has as many."""
+        return int(self.pruned.sum()) if len(self.pruned) else self.inputs
 
     @property
     def size(self) -> float:
@@ -120,10 +132,27 @@ class BinaryProgram:
         """Orthonormal ``[d + 1, cells]`` that span what is orthogonal to every ``(1, x)``."""
         cells = len(self.pruned)
         equalities = np.zeros((self.inputs + 1, cells))
-        equalities[0] = -self.pruned
-        equalities[1 + np.arange(self.inputs), self.cell] = 1.0
+        if cells:
+            equalities[0] = -self.pruned
+            equalities[1 + np.arange(self.inputs), self.cell] = 1.0
         basis: Array = np.linalg.qr(equalities)[0]
         return basis
+
+    def centre(self) -> Array:
+        """The mean of all allowed ``x``, ``[d]``."""
+        if len(self.pruned) == 0:
+            return np.full(self.inputs, 0.5)
+        found: Array = self.pruned[self.cell] / np.bincount(self.cell)[self.cell]
+        return found
+
+    def cell_normals(self) -> Array:
+        """Orthonormal ``[d, cells]`` that span what is orthogonal to every difference of two x."""
+        cells = len(self.pruned)
+        indicator = np.zeros((self.inputs, cells))
+        if cells:
+            indicator[np.arange(self.inputs), self.cell] = 1.0
+            indicator /= np.linalg.norm(indicator, axis=0)
+        return indicator
 
 
 def independent_parts(problem: MaskProblem) -> list[list[int]]:

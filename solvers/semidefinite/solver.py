@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,10 +18,17 @@ from ..registry import register
 from ..solution import Status, TracePoint, shared_out
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
-from .ascent import THREADS_PAY_FROM, Bounded, Effort, strengthen
+from .ascent import Bounded, Effort, strengthen
 from .cuts import Array
+from .layer import bound_row, fitted_price, shares, threads
 from .program import BinaryProgram, independent_parts
 from .witness import certificate
+
+_DECOMPOSED_FROM = 400
+"""Weights from which a layer with one budget falls into rows by default."""
+
+_PILOT = 8
+"""Rows that the price is fitted to."""
 
 
 @register
@@ -28,8 +36,10 @@ from .witness import certificate
 class Semidefinite(Solver):
     """Bounds from the semidefinite relaxation with cuts; masks by rounding it, then swaps.
 
-    Row by row, or the whole layer at once where rows share a budget (for small layers). Each
-    bound is proven by a `Witness`, apart from any tolerance; `solvers.certificate` keeps them.
+    Row by row. Where rows share a budget, a small layer is taken at once, and a larger one falls
+    into rows by a price of pruned weights (`solvers.semidefinite.layer`); only the sum of the
+    rows' bounds is one then. Each bound is proven by a `Witness`, apart from any tolerance;
+    `solvers.certificate` keeps them.
 
     Parameters
     ----------
@@ -41,10 +51,16 @@ class Semidefinite(Solver):
         Most seconds per row.
     triangles_above
         Relative gap above which triangle inequalities are added when the pairwise ones stall.
+    decompose
+        Whether a layer with one budget falls into rows; None: from 400 weights on. Only then
+        are there certificates for it.
+    price
+        What a pruned weight is worth in the decomposition; None to look for the best.
 
     Notes
     -----
-    ``stats``: ``rounds``, ``evaluations`` and ``cuts`` (summed over rows). A row without a
+    ``stats``: ``rounds``, ``evaluations`` and ``cuts`` (summed over rows), and ``price`` if the
+    layer was decomposed. A row without a
     start begins at Wanda + swaps.
     """
 
@@ -52,6 +68,8 @@ class Semidefinite(Solver):
     rounds: int = 200
     row_seconds: float = 60.0
     triangles_above: float = 0.01
+    decompose: bool | None = None
+    price: float | None = None
 
     name = "semidefinite"
     summary = "certified bounds by semidefinite duality with cuts; masks by rounding and swaps"
@@ -64,6 +82,8 @@ class Semidefinite(Solver):
             raise InvalidInput(f"rel_gap={self.rel_gap} is negative; give 0 or more.")
         if self.rounds < 1 or not self.row_seconds > 0:
             raise InvalidInput("rounds and row_seconds must be positive; they bound the work.")
+        if self.price is not None and not math.isfinite(self.price):
+            raise InvalidInput(f"price={self.price} is no price; give a finite number or None.")
 
     def _search(
         self,
@@ -74,11 +94,14 @@ class Semidefinite(Solver):
         callback: Callback | None,
     ) -> Outcome:
         assert start is not None
+        large = problem.weight.numel() >= _DECOMPOSED_FROM
+        if problem.pattern.coupled and (large if self.decompose is None else self.decompose):
+            return self._search_decomposed(problem, start, clock, callback)
         parts = independent_parts(problem)
         best = Swap().solve(problem, start=start)
         mask, objective = best.mask.clone(), best.objective.clone()
         bound = torch.zeros_like(objective)
-        workers = torch.get_num_threads() if problem.shape[1] < THREADS_PAY_FROM else 1
+        workers = threads(problem)
 
         def bounded(at: int) -> tuple[BinaryProgram, Incumbent, Bounded]:
             rows = parts[at]
@@ -129,6 +152,63 @@ class Semidefinite(Solver):
             },
             trace=trace,
             certificates=certificates,
+        )
+
+    def _search_decomposed(
+        self, problem: MaskProblem, start: Tensor, clock: Clock, callback: Callback | None
+    ) -> Outcome:
+        """Bound a layer with one budget by its rows at a price."""
+        rows = len(start)
+        best = Swap().solve(problem, start=start)
+        incumbent = Incumbent(problem, best.mask, best.objective)
+        trace = [TracePoint(clock.seconds, incumbent.total)]
+        workers = threads(problem)
+        price = self.price
+        if price is None:
+            pilot = sorted({at * rows // _PILOT for at in range(_PILOT)})
+            seconds = min(len(pilot) * self.row_seconds / 2, max(0.2 * clock.remaining, 1e-3))
+            price = fitted_price(problem, best.mask, pilot, seconds)
+        mean = incumbent.total / rows
+
+        def bounded(row: int) -> tuple[BinaryProgram, Bounded]:
+            turns = -(-(rows - row) // workers)
+            effort = Effort(
+                max_rounds=self.rounds,
+                seconds=min(self.row_seconds, clock.remaining / turns),
+                least_gain=0.02,
+                triangles_above=self.triangles_above,
+            )
+            return bound_row(problem, best.mask, row, price, mean, self.rel_gap, effort)
+
+        found: list[tuple[BinaryProgram, Bounded]] = []
+        with ThreadPoolExecutor(workers) as pool:
+            for answer in pool.map(bounded, range(rows)):
+                found.append(answer)
+                if callback is not None:
+                    callback(Progress(len(found), rows, clock.seconds))
+        incumbent.improve(np.concatenate([one.relaxed for _, one in found]))
+        mask, objective = incumbent.mask, incumbent.objective
+        bound = shares(problem, mask, price, [one.bound for _, one in found])
+        total, gap = incumbent.total, incumbent.total - float(bound.sum())
+        trace.append(TracePoint(clock.seconds, total, float(bound.sum())))
+        closed = gap <= self.rel_gap * abs(total) + 1e-300
+        status = Status.OPTIMAL if closed else Status.FEASIBLE
+        kept = mask.cpu().numpy()
+        return Outcome(
+            mask=mask,
+            status=Status.TIME_LIMIT if clock.expired and not closed else status,
+            bound=torch.minimum(bound, objective),
+            stats={
+                "rounds": sum(one.rounds for _, one in found),
+                "evaluations": sum(one.evaluations for _, one in found),
+                "cuts": sum(len(one.witness.multipliers.cuts) for _, one in found),
+                "price": price,
+            },
+            trace=trace,
+            certificates=[
+                certificate(row, kept[row], program, one.witness, price)
+                for row, (program, one) in enumerate(found)
+            ],
         )
 
 

@@ -39,10 +39,7 @@ class ConvexForm:
         )
         quadratic = program.quadratic - products
         quadratic[np.diag_indices(program.inputs)] -= multipliers.diagonal
-        normals = np.zeros((program.inputs, len(program.pruned)))
-        normals[np.arange(program.inputs), program.cell] = 1.0
-        normals /= np.linalg.norm(normals, axis=0)
-        shift = verified_shift(quadratic, normals)
+        shift = verified_shift(quadratic, program.cell_normals())
         quadratic[np.diag_indices(program.inputs)] += shift
         return cls(
             quadratic=quadratic,
@@ -60,7 +57,7 @@ class Witness:
     """Proof that a row's loss is at least a bound: multipliers, and a shift.
 
     ``C + shift I`` is positive semi-definite on the complement of the normals, hence
-    ``y^T C y >= -shift (1 + ones)`` for every allowed ``y = (1, x)``.
+    ``y^T C y >= -shift (1 + ones)``, ``ones`` at most, for every allowed ``y = (1, x)``.
     """
 
     multipliers: Multipliers
@@ -83,7 +80,9 @@ class Witness:
         return float(value - 8 * EPS * terms)
 
 
-def certificate(row: int, mask: Array, program: BinaryProgram, witness: Witness) -> Certificate:
+def certificate(
+    row: int, mask: Array, program: BinaryProgram, witness: Witness, price: float | None = None
+) -> Certificate:
     """The witness of one row as the checker reads it.
 
     The claim is lowered by what the checker's own rounding guard may differ.
@@ -99,6 +98,7 @@ def certificate(row: int, mask: Array, program: BinaryProgram, witness: Witness)
         index=multipliers.cuts.index.astype(np.int64),
         multiplier=multipliers.cut_multiplier,
         shift=witness.shift,
+        price=price,
     )
 
 

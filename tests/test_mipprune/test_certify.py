@@ -98,7 +98,24 @@ def test_all_rows_have_no_margin(tmp_path, embedded):
     folder = pruned(tmp_path / "m", embedded, NM(2, 4))
     results = certify(folder, rows=None, row_seconds=0.01, model=dense(), calibration=WINDOWS)
     assert results[0].rows == list(range(32))
-    assert results[0].margin == 0.0
+    assert results[0].margin == results[0].gap_margin == 0.0
+
+
+def test_a_budget_per_layer_is_certified_at_a_price(tmp_path, embedded):
+    folder = pruned(tmp_path / "layer", embedded, PerLayer(sparsity=0.5))
+    results = certify(folder, rows=3, row_seconds=0.01, model=dense(), calibration=WINDOWS)
+    verified = check_folder(folder)
+    for result in results:
+        assert result.bound <= result.loss
+        assert result.price is not None
+        assert result.gap_margin > 0
+        assert verified[result.name][1] == pytest.approx(result.gap, abs=1e-9)
+    name = results[0].name
+    masks = mipprune.load_masks(folder)
+    masks[name][results[0].rows[0]] = True
+    mipprune.checkpoint.save_masks(folder / "masks.safetensors", masks)
+    with pytest.raises(InvalidInput, match=f"Layer {name}: The mask does not follow"):
+        check_folder(folder)
 
 
 def test_runs_that_cannot_be_repeated_are_refused(certified, tmp_path, embedded):
@@ -115,9 +132,6 @@ def test_runs_that_cannot_be_repeated_are_refused(certified, tmp_path, embedded)
         certify(folder, rows=0, model=dense(), calibration=WINDOWS)
     with pytest.raises(InvalidInput, match="no pruned model's folder"):
         certify(tmp_path)
-    layer = pruned(tmp_path / "layer", embedded, PerLayer(sparsity=0.5), solver="wanda")
-    with pytest.raises(InvalidInput, match="share a budget"):
-        certify(layer, model=dense(), calibration=WINDOWS)
     fresh = pruned(tmp_path / "fresh", embedded, solver="wanda")
     with pytest.raises(InvalidInput, match="has no certificates"):
         check_folder(fresh)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import KINDS, make_problem, optimum
 
-from solvers import NM, PerRow, solve
+from solvers import NM, PerLayer, PerRow, solve
 from solvers.certificate import (
     CUTS,
     InvalidCertificate,
@@ -135,3 +135,73 @@ def test_files_that_are_no_certificates_are_refused(case, tmp_path):
     (tmp_path / "text").write_text("?")
     with pytest.raises(InvalidCertificate, match="no file of certificates"):
         load_certificates(tmp_path / "text")
+
+
+@pytest.fixture(scope="module")
+def layer():
+    problem = make_problem(4, 10, PerLayer(sparsity=0.6), seed=4)
+    solution = solve(problem, "semidefinite", decompose=True)
+    return problem, list(solution.certificates), solution
+
+
+def test_a_layer_with_one_budget_is_certified_by_its_rows(layer, tmp_path):
+    problem, certificates, solution = layer
+    verified = check(problem, certificates)
+    assert sum(row.objective for row in verified) == pytest.approx(float(solution.objective.sum()))
+    total = sum(row.bound for row in verified)
+    assert total == pytest.approx(float(solution.bound.sum()), rel=1e-7)
+    assert len({c.price for c in certificates}) == 1
+    save_certificates(tmp_path / "c.safetensors", certificates)
+    assert check(problem, load_certificates(tmp_path / "c.safetensors")) == verified
+
+
+def changed(certificates, name):
+    """Certificates of a layer with one error in them."""
+    first, *rest = certificates
+    if name == "price raised in one":
+        return [dataclasses.replace(first, price=first.price * 1.01), *rest]
+    if name == "price raised in all":
+        return [dataclasses.replace(c, price=c.price * 1.1) for c in certificates]
+    if name == "price lowered in all":
+        return [dataclasses.replace(c, price=c.price * 0.9) for c in certificates]
+    if name == "price missing":
+        return [dataclasses.replace(c, price=None) for c in certificates]
+    if name == "price not finite":
+        return [dataclasses.replace(c, price=float("inf")) for c in certificates]
+    if name == "row dropped":
+        return rest
+    if name == "row doubled":
+        return [first, first, *rest[1:]]
+    if name == "bound raised":
+        return [dataclasses.replace(first, bound=first.bound + 0.01 * abs(first.bound)), *rest]
+    if name == "mask of other counts":
+        mask = first.mask.copy()
+        mask[np.argmax(mask)] = False
+        return [dataclasses.replace(first, mask=mask), *rest]
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "price raised in one",
+        "price raised in all",
+        "price lowered in all",
+        "price missing",
+        "price not finite",
+        "row dropped",
+        "row doubled",
+        "bound raised",
+        "mask of other counts",
+    ],
+)
+def test_corrupted_layers_are_rejected(layer, name):
+    problem, certificates, _ = layer
+    with pytest.raises(InvalidCertificate):
+        check(problem, changed(certificates, name))
+
+
+def test_a_price_is_no_excuse_for_counts_of_ones_own(case, layer):
+    problem, certificates, _ = case
+    with pytest.raises(InvalidCertificate, match="has a price"):
+        check(problem, [dataclasses.replace(certificates[0], price=0.0)])

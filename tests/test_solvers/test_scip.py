@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, Linear, MaskProblem, PerLayer, PerRow, Status, solve
-from solvers.scip import _factor
+from solvers.scip import Scip, _factor, _Program
 from solvers.solution import shared_out
+from solvers.solver import Clock
 
 PATTERNS = [PerRow(sparsity=0.6), PerRow(keep=0), PerRow(keep=8), NM(keep=2, group=4)]
 
@@ -32,18 +33,56 @@ def check(problem, solution, rel_gap=1e-4):
 
 
 @settings(max_examples=40)
-@given(problem=problems(max_rows=2, max_inputs=6))
-def test_agrees_with_enumeration(problem):
-    check(problem, solve(problem, "scip"))
+@given(problem=problems(max_rows=2, max_inputs=6), reformulation=st.booleans())
+def test_agrees_with_enumeration(problem, reformulation):
+    check(problem, solve(problem, "scip", reformulation=reformulation))
 
 
+@pytest.mark.parametrize("reformulation", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", [*PATTERNS, PerLayer(sparsity=0.6)], ids=str)
-def test_every_kind_agrees_with_enumeration(pattern, kind):
+def test_every_kind_agrees_with_enumeration(pattern, kind, reformulation):
     rows, d = (2, 6) if pattern.coupled else (2, 8)
     for dtype in (torch.float32, torch.float64):
         problem = make_problem(rows, d, pattern, kind, seed=1, dtype=dtype)
-        check(problem, solve(problem, "scip", rel_gap=0.0), rel_gap=0.0)
+        solution = solve(problem, "scip", rel_gap=0.0, reformulation=reformulation)
+        check(problem, solution, rel_gap=0.0)
+
+
+@pytest.mark.parametrize(
+    "pattern", [PerRow(sparsity=0.6), NM(keep=2, group=4), PerLayer(sparsity=0.6)], ids=str
+)
+def test_the_reformulated_program_has_the_values_of_the_loss(pattern):
+    """Every allowed mask costs the same in both, and the relaxation is far better."""
+    part = make_problem(2 if pattern.coupled else 1, 8, pattern, "linear", seed=3)
+    start = random_mask(part)
+    scip = Scip(reformulation=True)
+    plain = _Program.of(part, start)
+    program, better = scip._reformulated(part, start, Clock())
+    assert float(part.objective(better).sum()) <= float(part.objective(start).sum())
+    assert program.least * program.unit <= optimum(part) + 1e-12 * size_of(part)
+    assert program.least * program.unit > plain.least * plain.unit
+    (block,) = program.blocks
+    for seed in range(50):
+        mask = random_mask(part, seed)
+        x = 1.0 - mask.flatten().double().numpy()
+        value = np.square(block.factor @ (x - block.centre)).sum()
+        value += program.linear @ x + program.constant
+        expected = float(part.objective(mask).sum()) / program.unit
+        assert value == pytest.approx(expected, abs=1e-7)
+        assert value - program.missing <= expected + 1e-9
+
+
+def test_reformulation_raises_the_root_bound_and_may_save_the_tree():
+    problem = make_problem(1, 24, PerRow(sparsity=0.5), seed=5)
+    alone = solve(problem, "scip", reformulation=False, node_limit=1)
+    root = solve(problem, "scip", reformulation=True, node_limit=1)
+    best = float(solve(problem, "branch_and_bound").objective)
+    assert float(alone.bound) < float(root.bound) <= best
+    loose = solve(problem, "scip", rel_gap=0.3, reformulation=True)
+    assert loose.status is Status.OPTIMAL
+    assert loose.stats["nodes"] == 0
+    assert float(loose.gap) <= 0.3
 
 
 @pytest.mark.parametrize("pattern", [PerRow(keep=3), PerLayer(keep=5)], ids=str)
@@ -81,7 +120,7 @@ def test_a_row_that_costs_nothing_keeps_its_start():
 def test_limits_leave_a_valid_answer(pattern):
     problem = make_problem(2, 24, pattern, "plain", seed=4)
     start = solve(problem, "swap").mask
-    few = solve(problem, "scip", node_limit=1)
+    few = solve(problem, "scip", node_limit=1, reformulation=False)
     assert few.status is Status.ITERATION_LIMIT
     hurried = solve(problem, "scip", time_limit=1e-6)
     assert hurried.status is Status.TIME_LIMIT

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import KINDS, make_problem, optimum, random_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, Status, solve
+from solvers.certificate import check
 from solvers.semidefinite.cuts import FAMILIES, Cuts, separate
 from solvers.semidefinite.dual import DualAscent, Iterate, Multipliers, projected
+from solvers.semidefinite.layer import marginal_prices
 from solvers.semidefinite.program import BinaryProgram
 from solvers.semidefinite.witness import ConvexForm, Witness, is_verified, verified_shift
 
@@ -151,7 +155,12 @@ def test_what_is_no_single_program_is_refused():
     with pytest.raises(InvalidInput, match="separate programs"):
         BinaryProgram.of(make_problem(2, 4, PerRow(sparsity=0.5)))
     problem = make_problem(1, 4, PerRow(sparsity=0.5))
-    for option in ({"rel_gap": -1.0}, {"rounds": 0}, {"row_seconds": 0.0}):
+    for option in (
+        {"rel_gap": -1.0},
+        {"rounds": 0},
+        {"row_seconds": 0.0},
+        {"price": float("nan")},
+    ):
         with pytest.raises(InvalidInput):
             solve(problem, "semidefinite", **option)
 
@@ -162,3 +171,57 @@ def test_a_start_decides_the_first_incumbent():
     solution = solve(problem, "semidefinite", start=start, rounds=1)
     assert bool((solution.objective <= problem.objective(start)).all())
     assert torch.equal(solution.objective, problem.objective(solution.mask))
+
+
+@settings(max_examples=12)
+@given(
+    shape=st.sampled_from([(1, 5), (2, 4), (3, 3), (4, 2)]),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**16),
+    pattern=st.one_of(
+        st.floats(0.1, 0.9).map(lambda s: PerLayer(sparsity=s)),
+        st.integers(0, 6).map(lambda k: PerLayer(keep=k)),
+    ),
+    price=st.one_of(st.none(), st.floats(-2.0, 2.0)),
+)
+def test_decomposed_layers_are_bounded_at_any_price(shape, kind, seed, pattern, price):
+    problem = make_problem(*shape, pattern, kind, seed)
+    size = float((problem.weight**2 * problem.gram.diagonal()).sum())
+    size += 0.0 if problem.linear is None else float(problem.linear.abs().sum())
+    solution = solve(
+        problem, "semidefinite", decompose=True, rounds=3, price=price and price * size
+    )
+    least = optimum(problem)
+    assert float(solution.bound.sum()) <= least + 1e-12 * size
+    assert bool((solution.bound <= solution.objective).all())
+    proven = sum(row.bound for row in check(problem, solution.certificates))
+    assert proven <= least + 1e-12 * size
+    assert proven <= float(solution.bound.sum()) + 1e-12 * size
+
+
+def test_a_decomposed_layer_comes_close_to_the_whole():
+    problem = make_problem(4, 8, PerLayer(sparsity=0.6), seed=2)
+    whole = solve(problem, "semidefinite", rel_gap=1e-3)
+    rows = solve(problem, "semidefinite", decompose=True)
+    assert whole.certificates == ()
+    assert len(rows.certificates) == 4
+    assert float(rows.bound.sum()) >= 0.9 * float(whole.bound.sum())
+    lost = solve(problem, "semidefinite", decompose=True, price=3 * rows.stats["price"])
+    assert float(lost.bound.sum()) < float(rows.bound.sum())
+
+
+def test_marginal_prices_are_single_moves():
+    problem = make_problem(3, 5, PerLayer(keep=6), "linear", seed=9)
+    mask = random_mask(problem)
+    before = float(problem.objective(mask).sum())
+    saves, costs = [], []
+    for place in itertools.product(range(3), range(5)):
+        other = mask.clone()
+        other[place] = not other[place]
+        change = float(problem.objective(other).sum()) - before
+        (costs if mask[place] else saves).append(change)
+    low, high = marginal_prices(problem, mask)
+    assert low == pytest.approx(-min(saves))
+    assert high == pytest.approx(min(costs))
+    nothing = marginal_prices(problem, torch.ones_like(mask))
+    assert nothing[0] == nothing[1]
