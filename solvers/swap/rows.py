@@ -99,12 +99,15 @@ class RowResult:
     best_left
         ``[rows]``: change of the scaled loss by the best swap still possible, from a complete
         float64 scan (0 if every swap would raise the loss); NaN where the passes ran out first.
+    pairs
+        How many (kept, pruned) pairs were evaluated; 0 where a kernel does not count them.
     """
 
     swaps: int
     passes: Tensor
     loss: Tensor
     best_left: Tensor
+    pairs: int = 0
 
 
 class RowKernel(Protocol):

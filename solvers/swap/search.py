@@ -51,7 +51,8 @@ class Swap(Solver):
 
     Notes
     -----
-    ``stats``: ``swaps``, ``passes`` (summed over rows), ``swaps_across_rows``, ``kernel``, and
+    ``stats``: ``swaps``, ``passes`` (summed over rows), ``pairs`` (evaluated by the passes; 0 where
+    the kernel does not count them), ``swaps_across_rows``, ``kernel``, and
     ``best_swap_left``: the change of the loss by the best remaining swap found in the final
     float64 scan, relative to the loss of its row (of the layer, between rows), 0 if every swap
     raises it, NaN if a limit came first.
@@ -116,7 +117,7 @@ class _Run:
         self._budget = torch.full(
             self._loss.shape, options.max_passes or _UNLIMITED, device=mask.device
         )
-        self._passes = self._swaps = self._swaps_across = 0
+        self._passes = self._pairs = self._swaps = self._swaps_across = 0
         self._trace: list[TracePoint] = []
 
     def outcome(self) -> Outcome:
@@ -136,6 +137,7 @@ class _Run:
                 "swaps": self._swaps + self._swaps_across,
                 "swaps_across_rows": self._swaps_across,
                 "passes": self._passes,
+                "pairs": self._pairs,
                 "best_swap_left": left,
                 "kernel": self._kernel_name,
             },
@@ -191,6 +193,7 @@ class _Run:
         self._budget[rows] -= result.passes
         self._swaps += result.swaps
         self._passes += int(result.passes.sum())
+        self._pairs += result.pairs
         return rows[result.best_left.isnan() & (self._budget[rows] > 0)]
 
     def _inside_and_across(self, everything: Tensor) -> float:

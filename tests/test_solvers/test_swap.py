@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import KINDS, make_problem, optimum, problems, random_mask, single_swaps
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, Status, solve
+from solvers.swap import passes
 from solvers.swap.across import _pair_rows
+from solvers.swap.cpu import CpuKernel, _scratch
 from solvers.swap.rows import ScaledRows
 
 PATTERNS = [PerRow(sparsity=0.6), NM(keep=2, group=4), PerLayer(sparsity=0.6)]
@@ -198,6 +201,56 @@ def test_scaled_rows_keep_the_loss():
     rows = ScaledRows.of(problem)
     loss = rows.loss(mask, rows.correlation(mask)) * rows.unit
     assert torch.allclose(loss, problem.objective(mask), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@settings(max_examples=8)
+@given(d=st.integers(2, 200), sparsity=st.floats(0.2, 0.8), seed=st.integers(0, 10**6))
+def test_scans_skip_only_hopeless_indices(kind, dtype, d, sparsity, seed):
+    pattern = PerRow(sparsity=sparsity)
+    problem = make_problem(3, d, pattern, kind, seed=seed)
+    rows = ScaledRows.of(problem)
+    mask = random_mask(problem)
+    grams = CpuKernel(rows, d, 16, 1e-10, dtype)._grams[0]
+    scratch = _scratch(3, grams)
+    nothing = np.zeros(3, np.int64), np.zeros(3, np.int64), np.zeros(3), np.zeros(3)
+    fixed = (rows.weight, rows.linear, mask, rows.noise)
+    block = passes.Block(*(part.numpy() for part in fixed), *nothing)
+    c = rows.correlation(mask)
+    scratch.c[:] = c.numpy()
+    cost = rows.flip_cost(mask, c)
+    side = []
+    for r in range(3):
+        side.append(passes._begin(block, scratch, r))
+        scratch.cost[r, :d] = cost[r].numpy()
+        passes._only(scratch.cost[r], block.keep[r], not side[r], scratch.outer)
+        passes._choose(block, grams, scratch, r, side[r])
+    scratch.best[:] = passes.BIG
+    passes.scan_tiles(
+        grams.scan, scratch.twice, scratch.best, scratch.scalar, scratch.terms, scratch.listed,
+        np.arange(3),
+    )  # fmt: skip
+    for r in range(3):
+        w = rows.weight[r]
+        pairs = cost[r, :, None] + cost[r] - 2 * w[:, None] * w * rows.gram
+        pairs = pairs.where((mask[r] == side[r])[:, None] & (mask[r] != side[r]), torch.inf)
+        listed = torch.zeros(d, dtype=torch.bool)
+        for t, count in enumerate(scratch.listed[:, r]):
+            listed[scratch.scalar[t, r, :count].astype(np.int64)] = True
+        small = 1e-4 if dtype == torch.float32 else 0.0
+        size = float(cost[r].abs().max()) + 1.0
+        assert not bool((pairs.amin(dim=1) < -small * size)[~listed].any())
+        best = torch.from_numpy(scratch.best[:, r].reshape(-1)[:d]) + cost[r]
+        expected = pairs.where(listed[:, None], torch.inf).amin(dim=0)
+        found = expected.isfinite()
+        assert torch.allclose(best[found], expected[found], rtol=0, atol=1e-5 * size)
+
+
+def test_pairs_are_counted():
+    problem = make_problem(4, 96, PerRow(sparsity=0.5), seed=3)
+    stats = solve(problem, "swap", dtype="float64").stats
+    assert 0 < stats["pairs"] <= stats["passes"] * 48 * 48
 
 
 @pytest.mark.parametrize(
