@@ -32,6 +32,13 @@ from .swap.rows import ScaledRows
 
 _STEPS = ("auto", "open_loop", "line_search", "pairwise", "sliding")
 
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tfloat32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+
 _REFRESH = 50
 """Iterations between two fresh float64 computations of ``c``, which bound its drift."""
 
@@ -67,8 +74,10 @@ class FrankWolfe(Solver):
         round: measured at 60 % per row, 0.5 gives the best masks (benchmarks/frank_wolfe.py).
         The paper's default is 0.9, chosen for perplexity.
     dtype
-        "float32" or "float64": of the matrix products. Everything else is float64, as is the
-        bound.
+        Of the matrix products: "float64", "float32", "tfloat32" (10 bits of mantissa; tensor
+        cores on CUDA, the same rounding elsewhere) or "bfloat16" (7 bits). Everything else is
+        float64, as is the bound, and a row only stops on a gap evaluated in float64; so this
+        changes the path and its length, measured in benchmarks/frank_wolfe_time.py.
 
     Notes
     -----
@@ -105,7 +114,7 @@ class FrankWolfe(Solver):
     iterations: int = 2000
     tolerance: float = 1e-4
     fixed: float = 0.0
-    dtype: Literal["float32", "float64"] = "float64"
+    dtype: Literal["float64", "float32", "tfloat32", "bfloat16"] = "float64"
 
     name = "frank_wolfe"
     summary = "Frank-Wolfe on the relaxation, then rounding; with a bound"
@@ -121,8 +130,8 @@ class FrankWolfe(Solver):
             raise InvalidInput(f"tolerance={self.tolerance} is negative; give 0 or more.")
         if not 0 <= self.fixed <= 1:
             raise InvalidInput(f"fixed={self.fixed} is outside [0, 1]; it is a share.")
-        if self.dtype not in ("float32", "float64"):
-            raise InvalidInput(f"dtype '{self.dtype}' is neither float32 nor float64.")
+        if self.dtype not in _DTYPES:
+            raise InvalidInput(f"dtype '{self.dtype}' is none of {', '.join(_DTYPES)}.")
 
     def _search(
         self,
@@ -144,6 +153,39 @@ class FrankWolfe(Solver):
                 "use 'pairwise'."
             )
         return _Run(self, problem, start, clock, callback).outcome()
+
+
+class _Product:
+    """Products with the Gram matrix in the chosen precision.
+
+    Parameters
+    ----------
+    gram
+        Float64 ``[d, d]``.
+    name
+        One of `_DTYPES`.
+    """
+
+    def __init__(self, gram: Tensor, name: str) -> None:
+        self._dtype, self._tfloat = _DTYPES[name], name == "tfloat32"
+        self._gram = self._rounded(gram)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``rows @ gram``, float64 ``[rows, d]``."""
+        if self._dtype != torch.float32:
+            return (self._rounded(rows) @ self._gram).double()
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self._tfloat else "highest")
+        try:
+            return (self._rounded(rows) @ self._gram).double()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        values = values.to(self._dtype)
+        if not self._tfloat:
+            return values
+        return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 class _Batch:
@@ -169,12 +211,12 @@ class _Batch:
         rows: ScaledRows,
         z: Tensor,
         lower: Tensor | None,
-        gram: Tensor,
+        product: _Product | None = None,
     ) -> None:
         self.pattern, self.rows, self.z, self.lower = pattern, rows, z, lower
         self.joint = pattern.coupled or not isinstance(pattern, CellPattern)
         self.lmo_calls = 0
-        self._gram = gram
+        self._product = product or _Product(rows.gram, "float64")
         self.refresh()
 
     def refresh(self) -> None:
@@ -183,7 +225,7 @@ class _Batch:
 
     def product(self, move: Tensor) -> Tensor:
         """``G (w * move)`` in the chosen precision, ``[rows, d]``."""
-        return ((self.rows.weight * move).to(self._gram.dtype) @ self._gram).double()
+        return self._product(self.rows.weight * move)
 
     def value(self) -> Tensor:
         """Relaxed loss, ``[rows]``."""
@@ -439,8 +481,8 @@ class _Run:
             first = problem.pattern.lmo(-score, lower)
         else:
             first = start if lower is None else problem.pattern.lmo(-start.double(), lower)
-        dtype = torch.float32 if options.dtype == "float32" else torch.float64
-        self._batch = _Batch(problem.pattern, rows, first.double(), lower, rows.gram.to(dtype))
+        product = _Product(rows.gram, options.dtype)
+        self._batch = _Batch(problem.pattern, rows, first.double(), lower, product)
         if self._batch.joint:
             self._batch.rows = rows = _one_scale(rows)
             self._batch.refresh()
@@ -459,7 +501,7 @@ class _Run:
         """Descend, evaluate anew, round."""
         self._descend()
         problem, rows, batch = self._problem, self._all_rows, self._batch
-        last = _Batch(problem.pattern, rows, self._z, self._lower, rows.gram)
+        last = _Batch(problem.pattern, rows, self._z, self._lower)
         gradient = last.gradient(last.correlation)
         vertex = last.lmo(gradient)
         value, gap = last.value(), (gradient * (self._z - vertex.double())).sum(dim=1)
@@ -520,7 +562,7 @@ class _Run:
         index = finished.nonzero().flatten()
         lower = None if batch.lower is None else batch.lower[index]
         rows = batch.rows.take(index)
-        fresh = _Batch(batch.pattern, rows, batch.z[index], lower, rows.gram)
+        fresh = _Batch(batch.pattern, rows, batch.z[index], lower)
         gradient = fresh.gradient(fresh.correlation)
         gap = (gradient * (fresh.z - fresh.lmo(gradient).double())).sum(dim=1)
         batch.lmo_calls += fresh.lmo_calls

@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU unless told otherwise
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest

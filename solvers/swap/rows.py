@@ -123,5 +123,13 @@ class RowKernel(Protocol):
         """Improve ``mask`` (bool ``[len(index), d]``) of the rows ``index``, in place."""
 
 
+def largest_correlation(gram: Tensor) -> Tensor:
+    """``max_{i != j} |G_ij| / sqrt(G_ii G_jj)`` for each j, rounded up a little; float ``[d]``."""
+    scale = torch.where(gram.diagonal() > 0, gram.diagonal().rsqrt(), 0.0)
+    correlation = (gram * scale * scale[:, None]).abs_()
+    correlation.fill_diagonal_(0.0)
+    return correlation.amax(dim=0) * (1 + 1e-12)
+
+
 def _or_one(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)

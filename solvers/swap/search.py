@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -20,6 +22,7 @@ from ..solver import Callback, Clock, Outcome, Progress, Solver
 from .across import AcrossRows
 from .rows import RowKernel, RowResult, ScaledRows
 
+_KERNELS = ("numba", "triton", "torch")
 _UNLIMITED = torch.iinfo(torch.long).max
 _PASSES_PER_CALL = 100
 """Passes between two looks at the clock; each call recomputes ``c``, which bounds its drift."""
@@ -47,7 +50,8 @@ class Swap(Solver):
         "float32" or "float64": of the scans that look for swaps. Applied swaps are always
         evaluated in float64.
     kernel
-        "auto", "numba" (CPU) or "torch" (any device).
+        "auto", "numba" (CPU), "triton" (CUDA) or "torch" (any device). "auto" takes the one made
+        for the device; a GPU without Triton gets "torch", with a warning.
 
     Notes
     -----
@@ -62,7 +66,7 @@ class Swap(Solver):
     max_passes: int | None = None
     tolerance: float = 1e-10
     dtype: Literal["float32", "float64"] = "float32"
-    kernel: Literal["auto", "numba", "torch"] = "auto"
+    kernel: Literal["auto", "numba", "triton", "torch"] = "auto"
 
     name = "swap"
     summary = "1-swap local search from a start, to a proven 1-swap optimum"
@@ -78,8 +82,8 @@ class Swap(Solver):
             raise InvalidInput(f"tolerance={self.tolerance} is negative; give 0 or more.")
         if self.dtype not in ("float32", "float64"):
             raise InvalidInput(f"dtype '{self.dtype}' is neither float32 nor float64.")
-        if self.kernel not in ("auto", "numba", "torch"):
-            raise InvalidInput(f"kernel '{self.kernel}' is none of auto, numba, torch.")
+        if self.kernel not in ("auto", *_KERNELS):
+            raise InvalidInput(f"kernel '{self.kernel}' is none of auto, {', '.join(_KERNELS)}.")
 
     def _search(
         self,
@@ -146,9 +150,7 @@ class _Run:
 
     def _pick_kernel(self, device: torch.device) -> tuple[str, RowKernel]:
         options = self._options
-        name = options.kernel
-        if name == "auto":
-            name = "numba" if device.type == "cpu" else "torch"
+        name = options.kernel if options.kernel != "auto" else _kernel_for(device)
         arguments = (
             self._rows,
             self._neighbourhood.width,
@@ -160,6 +162,11 @@ class _Run:
             from .dense import DenseKernel
 
             return name, DenseKernel(*arguments)
+        if name == "triton":
+            _require_triton()
+            from .triton import TritonKernel
+
+            return name, TritonKernel(*arguments)
         if device.type != "cpu":
             raise InvalidInput(f"kernel 'numba' runs on the CPU, not on {device}; use 'torch'.")
         from .cpu import CpuKernel
@@ -235,3 +242,31 @@ class _Run:
         if self._callback is not None:
             done = int(self._best_left.isfinite().sum())
             self._callback(Progress(done, len(self._loss), self._clock.seconds))
+
+
+def _kernel_for(device: torch.device) -> str:
+    """The kernel made for a device that can run here."""
+    if device.type == "cpu":
+        return "numba"
+    if device.type == "cuda":
+        try:
+            _require_triton()
+        except InvalidInput as error:
+            _say_once(f"{error} Until then the slower torch kernel searches.")
+        else:
+            return "triton"
+    return "torch"
+
+
+def _require_triton() -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise InvalidInput(
+            f"The GPU swap kernel needs Triton ({error}); pip install triton mends it."
+        ) from error
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, Linear, MaskProblem, PerLayer, PerRow, Status, solve
-from solvers.frank_wolfe import _shift
+from solvers.frank_wolfe import _Product, _shift
 
 PATTERNS = [PerRow(sparsity=0.6), NM(keep=2, group=4), PerLayer(sparsity=0.6)]
 EDGES = [PerRow(keep=0), PerRow(keep=8), PerRow(keep=1), PerLayer(keep=0), PerLayer(keep=16)]
+DTYPES = ["float64", "float32", "tfloat32", "bfloat16"]
 STEPS = ["open_loop", "line_search", "pairwise", "sliding"]
 
 
@@ -72,7 +73,7 @@ def test_bound_is_below_the_enumerated_optimum(pattern, kind):
     problem=problems(max_rows=3, max_inputs=6),
     step=st.sampled_from(STEPS),
     iterations=st.integers(1, 40),
-    dtype=st.sampled_from(["float32", "float64"]),
+    dtype=st.sampled_from(DTYPES),
     fixed=st.sampled_from([0.0, 0.3, 1.0]),
 )
 def test_bounds_and_patterns_hold_whatever_the_options(problem, step, iterations, dtype, fixed):
@@ -88,7 +89,7 @@ def test_bounds_and_patterns_hold_whatever_the_options(problem, step, iterations
     assert (solution.status is Status.FEASIBLE) == (solution.stats["converged"] == problem.shape[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_the_steps_agree(pattern, dtype):
     problem = make_problem(3, 16, pattern, seed=2, dtype=torch.float32)
@@ -102,6 +103,17 @@ def test_the_steps_agree(pattern, dtype):
         assert solution.status is Status.FEASIBLE
         assert bound <= sum(solution.stats["relaxed"]) <= bound * (1 + 2 * shares[step])
     assert solutions["sliding"].stats["iterations"] < 300
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [*zip(DTYPES, [53, 24, 11, 8], strict=True)])
+def test_products_are_as_exact_as_their_dtype(dtype, bits):
+    problem = make_problem(5, 32, PerRow(sparsity=0.5), seed=7)
+    product = _Product(problem.gram, dtype)
+    error = (product(problem.weight) - problem.weight @ problem.gram).abs()
+    size = problem.weight.abs() @ problem.gram.abs()
+    assert 2.0 ** -(bits + 8) < float((error / size).max()) or dtype == "float64"
+    assert float((error / size).max()) <= 4 * 2.0**-bits
+    assert torch.get_float32_matmul_precision() == "highest"  # as it was
 
 
 @pytest.mark.parametrize("fixed", [0, 0.25, 0.5, 0.9, 1.0])
