@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,17 +18,21 @@ from ..registry import register
 from ..solution import Status, TracePoint, shared_out
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
-from .ascent import Bounded, Effort, strengthen
+from .ascent import Bounded, Effort, ascend, strengthen
 from .cuts import Array
 from .layer import bound_row, fitted_price, shares, threads
 from .program import BinaryProgram, independent_parts
-from .witness import certificate
+from .wide import Batch, strengthen_batch
+from .witness import Witness, certificate
 
 _DECOMPOSED_FROM = 400
 """Weights from which a layer with one budget falls into rows by default."""
 
 _PILOT = 8
 """Rows that the price is fitted to."""
+
+_DEEPEN_SECONDS = 15.0
+"""Least time per row, at 1000 inputs, in which a few rounds by eigenvalues can be made."""
 
 
 @register
@@ -56,6 +60,10 @@ class Semidefinite(Solver):
         are there certificates for it.
     price
         What a pruned weight is worth in the decomposition; None to look for the best.
+    wide_from
+        Rows of at least so many inputs are bounded in batches by the low-rank method of `wide`.
+    batch
+        Rows that it solves side by side; they share their ``row_seconds``.
 
     Notes
     -----
@@ -70,6 +78,8 @@ class Semidefinite(Solver):
     triangles_above: float = 0.01
     decompose: bool | None = None
     price: float | None = None
+    wide_from: int = 192
+    batch: int = 8
 
     name = "semidefinite"
     summary = "certified bounds by semidefinite duality with cuts; masks by rounding and swaps"
@@ -84,6 +94,8 @@ class Semidefinite(Solver):
             raise InvalidInput("rounds and row_seconds must be positive; they bound the work.")
         if self.price is not None and not math.isfinite(self.price):
             raise InvalidInput(f"price={self.price} is no price; give a finite number or None.")
+        if self.batch < 1 or self.wide_from < 1:
+            raise InvalidInput("batch and wide_from count rows and inputs; give 1 or more.")
 
     def _search(
         self,
@@ -125,18 +137,54 @@ class Semidefinite(Solver):
         found: list[Bounded] = []
         certificates: list[Certificate] = []
         trace = [TracePoint(clock.seconds, float(objective.sum()))]
-        with ThreadPoolExecutor(workers) as pool:
-            for rows, answer in zip(parts, pool.map(bounded, range(len(parts))), strict=True):
-                program, incumbent, result = answer
-                mask[rows], objective[rows] = incumbent.mask, incumbent.objective
-                bound[rows] = incumbent.spread(result.bound)
-                found.append(result)
-                if not problem.pattern.coupled:
-                    kept = incumbent.mask[0].cpu().numpy()
-                    certificates.append(certificate(rows[0], kept, program, result.witness))
-                trace.append(TracePoint(clock.seconds, float(objective.sum())))
-                if callback is not None:
-                    callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
+
+        def finish(
+            rows: list[int], program: BinaryProgram, result: Bounded, better: Tensor
+        ) -> None:
+            bound[rows] = better
+            found.append(result)
+            if not problem.pattern.coupled:
+                kept = mask[rows[0]].cpu().numpy()
+                certificates.append(certificate(rows[0], kept, program, result.witness))
+            trace.append(TracePoint(clock.seconds, float(objective.sum())))
+            if callback is not None:
+                callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
+
+        if self.wide_from <= problem.shape[1] and not problem.pattern.coupled:
+            for at in range(0, len(mask), self.batch):
+                rows = list(range(at, min(at + self.batch, len(mask))))
+                part = problem.rows(rows)
+                share = clock.remaining * len(rows) / (len(mask) - at)
+                seconds = min(self.row_seconds * len(rows), share)
+                until = clock.seconds + seconds
+                batch = strengthen_batch(
+                    part,
+                    ~mask[rows],
+                    objective[rows],
+                    rel_gap=self.rel_gap,
+                    max_rounds=self.rounds,
+                    seconds=seconds,
+                    least_gain=0.02,
+                    seed=seed,
+                )
+                rounded = Swap().solve(part, start=problem.pattern.round(1 - batch.relaxed))
+                mask[rows] = rounded.mask.where(
+                    (rounded.objective < objective[rows])[:, None], mask[rows]
+                )
+                objective[rows] = torch.minimum(rounded.objective, objective[rows])
+                for place, row in enumerate(rows):
+                    incumbent = Incumbent(problem.rows([row]), mask[[row]], objective[[row]])
+                    program = BinaryProgram.of(incumbent.problem)
+                    share = (until - clock.seconds) / (len(rows) - place)
+                    result = self._deepened(program, incumbent, batch, place, share)
+                    mask[row], objective[row] = incumbent.mask[0], incumbent.objective[0]
+                    finish([row], program, result, incumbent.spread(result.bound))
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                for rows, answer in zip(parts, pool.map(bounded, range(len(parts))), strict=True):
+                    program, incumbent, result = answer
+                    mask[rows], objective[rows] = incumbent.mask, incumbent.objective
+                    finish(rows, program, result, incumbent.spread(result.bound))
         trace[-1] = TracePoint(clock.seconds, float(objective.sum()), float(bound.sum()))
         gap = objective - bound
         closed = bool((gap <= self.rel_gap * objective.abs() + 1e-300).all())
@@ -210,6 +258,41 @@ class Semidefinite(Solver):
                 for row, (program, one) in enumerate(found)
             ],
         )
+
+    def _deepened(
+        self,
+        program: BinaryProgram,
+        incumbent: Incumbent,
+        batch: Batch,
+        place: int,
+        seconds: float,
+    ) -> Bounded:
+        """A row's bound after more work by eigenvalues, with triangles, where time is left for it.
+
+        The low-rank search ends at the pairwise cuts, a little relaxed.
+        """
+        found = batch.bounded[place]
+        gap = incumbent.total - found.bound
+        enough = seconds > _DEEPEN_SECONDS * (program.inputs / 1000) ** 2
+        if program.size == 0 or not enough or gap <= self.triangles_above * abs(incumbent.total):
+            return found
+        size = program.size
+        deeper = ascend(
+            program.scaled(1 / size),
+            incumbent.total / size,
+            Effort(
+                max_rounds=self.rounds,
+                seconds=seconds,
+                least_gain=0.02,
+                triangles_above=self.triangles_above,
+            ),
+            rel_gap=self.rel_gap,
+            start=found.last,
+            improved=lambda x: incumbent.improve(x) / size,
+        )
+        witness = Witness.of(program, deeper.witness.multipliers.scaled(size))
+        deeper = replace(deeper, bound=witness.bound(program), witness=witness)
+        return deeper if deeper.bound > found.bound else found
 
 
 class Incumbent:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..certificate import Certificate
 from .cuts import Array
@@ -69,6 +70,20 @@ class Witness:
         residual, _ = multipliers.residual(program)
         return cls(multipliers, verified_shift(residual, program.normals()))
 
+    @classmethod
+    def near(cls, program: BinaryProgram, multipliers: Multipliers) -> Witness:
+        """For multipliers that are feasible but for rounding: no eigenvalues are needed.
+
+        The shift grows from the rounding guard until it is verified; it is least only if the
+        multipliers are feasible indeed.
+        """
+        residual, _ = multipliers.residual(program)
+        normals = program.normals()
+        shift = 4 * rounding_guard(residual)
+        while not is_verified(residual, normals, shift):
+            shift *= 4
+        return cls(multipliers, shift)
+
     def bound(self, program: BinaryProgram) -> float:
         """The bound that the witness claims, less the rounding errors of computing it."""
         residual, constant = self.multipliers.residual(program)
@@ -127,11 +142,7 @@ def is_verified(matrix: Array, normals: Array, shift: float) -> bool:
         return True
     tested = projected(matrix, normals) + size * (normals @ normals.T)
     tested[np.diag_indices(len(tested))] += shift - rounding_guard(matrix)
-    try:
-        np.linalg.cholesky(tested)
-    except np.linalg.LinAlgError:
-        return False
-    return True
+    return int(torch.linalg.cholesky_ex(torch.from_numpy(tested)).info) == 0
 
 
 def rounding_guard(matrix: Array) -> float:

@@ -1,0 +1,163 @@
+"""Bounds of wide rows: many rows at once, without an eigenvalue decomposition.
+
+`lowrank` finds cuts and multipliers for a batch of rows by products with the Gram matrix, `barrier`
+makes each row's multipliers feasible, and a `Witness` proves what came out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import MaskProblem
+from .ascent import Bounded
+from .barrier import feasible_lengths
+from .cuts import FAMILIES
+from .dual import Iterate, Multipliers, projected
+from .lowrank import LowRank, Rows
+from .program import BinaryProgram
+from .witness import Witness
+
+_LEAST_ITERATIONS = 20
+_SIGMA = 12_000.0
+"""Penalty of a cut at one input, in mean losses per input: measured, 32 at 384 and 8 at 1536."""
+_SLACK = 5e-3
+_PLAIN_ROUNDS = 2
+_STALL_ROUNDS = 6
+_NEWTON_STEPS = 12
+_NEWTON_FACTORS = 6
+"""What a Newton step costs, in Cholesky factorisations."""
+_LAST_SHARE = 0.4
+"""Most of the time that is kept for the Newton steps."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What was found for some rows.
+
+    Attributes
+    ----------
+    bounded
+        Per row.
+    relaxed
+        Relaxed x (1 = pruned), ``[rows, d]``.
+    """
+
+    bounded: list[Bounded]
+    relaxed: Tensor
+
+
+def strengthen_batch(
+    problem: MaskProblem,
+    pruned: Tensor,
+    loss: Tensor,
+    *,
+    rel_gap: float,
+    max_rounds: int,
+    seconds: float,
+    least_gain: float,
+    seed: int = 0,
+) -> Batch:
+    """Bounds for all rows of a problem, solved side by side.
+
+    Parameters
+    ----------
+    problem
+        Rows that do not share a budget, on any device.
+    pruned, loss
+        The best x known, bool ``[rows, d]``, and what it costs, float64 ``[rows]``.
+    rel_gap
+        Newton steps end when what they can still gain is less than a tenth of this share of the
+        loss (but not below 1e-4 of it).
+    max_rounds, seconds
+        Limits for all rows together; at least one round is made, and bounds are proven after it.
+    least_gain
+        Stop when six rounds move no row's value by this share of its gap.
+    seed
+        Of the vectors at the start.
+    """
+    began = time.perf_counter()
+    rows = Rows.of(problem)
+    count, d = rows.shape
+    normals = rows.normals()
+    kept_back = min(_LAST_SHARE * seconds, count * _NEWTON_STEPS * _newton_seconds(d, normals))
+    search = LowRank(rows, pruned, loss / rows.size, rank_for(d), seed)
+    search.slack = _SLACK
+    target = loss / rows.size
+    values: list[Tensor] = []
+    rounds = 0
+    while rounds < max_rounds:
+        search.round(max(_LEAST_ITERATIONS, d // 40))
+        rounds += 1
+        if time.perf_counter() - began >= seconds - kept_back:
+            break
+        values.append(search.value)
+        if len(values) > _PLAIN_ROUNDS + _STALL_ROUNDS:
+            moved = (values[-1] - values[-1 - _STALL_ROUNDS]).abs()
+            if bool((moved <= least_gain * (target - values[-1]).abs()).all()):
+                break
+        if rounds >= _PLAIN_ROUNDS and rounds < max_rounds:
+            search.sigma = min(32.0, _SIGMA / d) * search.unit
+            search.separate(10 * d)
+    found = []
+    for row in range(count):
+        turn = time.perf_counter() + (began + seconds - time.perf_counter()) / (count - row)
+        found.append(_proven(problem, rows, search, row, normals, rel_gap, turn, rounds))
+    return Batch(found, search.relaxed)
+
+
+def rank_for(d: int) -> int:
+    """Length of the vectors: more than a solution without cuts needs, and room for cuts."""
+    return min(d + 1, 24 + math.ceil(math.sqrt(2 * d)))
+
+
+def _newton_seconds(d: int, normals: Tensor) -> float:
+    """Time of a Newton step, from a factorisation of that size."""
+    trial = torch.eye(d + 1, dtype=torch.float64, device=normals.device)
+    began = time.perf_counter()
+    float(torch.linalg.cholesky(trial)[-1, -1])
+    return _NEWTON_FACTORS * (time.perf_counter() - began)
+
+
+def _proven(
+    problem: MaskProblem,
+    rows: Rows,
+    search: LowRank,
+    row: int,
+    normals: Tensor,
+    rel_gap: float,
+    deadline: float,
+    rounds: int,
+) -> Bounded:
+    """Multipliers of one row made feasible, and proven."""
+    program = BinaryProgram.of(problem.rows([row]).to("cpu"))
+    matrix = projected(search.products(row).cpu().numpy(), program.normals())
+    if program.size == 0:
+        zero = Multipliers.zero(program.inputs)
+        return Bounded(0.0, Witness(zero, 0.0), Iterate(zero, matrix), rounds, search.evaluations)
+    form, lengths, constant, cuts, multiplier = search.multipliers(row)
+    feasible, _ = feasible_lengths(
+        form,
+        lengths,
+        normals,
+        tolerance=max(1e-4, 0.1 * rel_gap) * float(search.unit[row]) * len(lengths),
+        steps=_NEWTON_STEPS,
+        expired=lambda: time.perf_counter() >= deadline,
+    )
+    # D z_i^2 = D is 4 D x_i^2 = 4 D x_i in terms of x; the constants make up gamma.
+    offset = float(feasible.sum()) + constant + float(FAMILIES[cuts.family, 6] @ multiplier)
+    multipliers = Multipliers(offset, 4 * feasible[1:].cpu().numpy(), cuts, multiplier)
+    size = float(rows.size[row])
+    witness = Witness.near(program, multipliers.scaled(size))
+    bound = witness.bound(program)
+    return Bounded(
+        bound=bound,
+        witness=witness,
+        last=Iterate(multipliers, matrix),
+        rounds=rounds,
+        evaluations=search.evaluations,
+    )
