@@ -419,6 +419,10 @@ class LowRank:
                 if bool(enough.all()):
                     break
                 step = torch.where(enough, step, 0.3 * step)
+            finite = new_value.isfinite()
+            if not bool(finite.all()):  # a step that left float32 is not made
+                moved = torch.where(finite[:, None, None], moved, z)
+                new_value, half = self._evaluate(moved)
             new_gradient = _tangent(moved, 2 * half)
             change, bend = moved - z, new_gradient - gradient
             curvature = _inner(change, bend)

@@ -68,8 +68,7 @@ class Semidefinite(Solver):
     Notes
     -----
     ``stats``: ``rounds``, ``evaluations`` and ``cuts`` (summed over rows), and ``price`` if the
-    layer was decomposed. A row without a
-    start begins at Wanda + swaps.
+    layer was decomposed. A row without a start begins at Wanda + swaps.
     """
 
     rel_gap: float = 1e-4
