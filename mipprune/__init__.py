@@ -17,8 +17,10 @@ from solvers import InvalidInput
 from .calibration import Windows
 from .checkpoint import load_masks, save
 from .evaluate import Perplexity, perplexity
+from .masks import StartMasks, apply_masks, keep_zeros, zero_pattern
 from .models import LoadedModel, load_model
 from .prune import LayerResult, Observer, PruneReport, layer_problem, prune
+from .rules import Rules
 
 __all__ = [
     "InvalidInput",
@@ -27,11 +29,16 @@ __all__ = [
     "Observer",
     "Perplexity",
     "PruneReport",
+    "Rules",
+    "StartMasks",
     "Windows",
+    "apply_masks",
+    "keep_zeros",
     "layer_problem",
     "load_masks",
     "load_model",
     "perplexity",
     "prune",
     "save",
+    "zero_pattern",
 ]

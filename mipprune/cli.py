@@ -96,8 +96,8 @@ def prune(
     start: Annotated[
         str | None,
         typer.Option(
-            help="Solver whose mask to start from, or current: the weights that are not zero."
-            "  [default: wanda]"
+            help="Solver whose mask to start from, current (the weights that are not zero), or the "
+            "folder of a pruned model, by whomever.  [default: wanda]"
         ),
     ] = None,
     option: Annotated[
@@ -119,12 +119,14 @@ def prune(
 ) -> None:
     """Prune a model and save it: safetensors, tokenizer, packed masks, and the record."""
     from .checkpoint import check_new, save
+    from .masks import parse_start
     from .prune import prune as run
     from .report import layer_table
 
     check_new(out)
     chosen_pattern = parse_pattern(sparsity, pattern, scope)
     options = parse_options(option or [])
+    start_from = parse_start(start)
     loaded = _load(model, device, dtype, trust_remote_code)
     with _progress() as observe:
         report = run(
@@ -133,7 +135,7 @@ def prune(
             calibration,
             chosen_pattern,
             solver,
-            start,
+            start_from,
             samples=samples,
             seqlen=seqlen,
             batch_size=batch_size,
