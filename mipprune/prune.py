@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from solvers import (
 )
 from solvers.registry import DEFAULT_START
 
-from .calibration import Windows, cut_windows, read_texts, window_length
+from .calibration import Windows, check_tokens, read_windows, window_length
 from .environment import environment
 from .gram import Gram
 from .masks import StartMasks, mask_digest
@@ -179,6 +180,7 @@ def prune(
     seed: int = 0,
     blocks: str | None = None,
     solver_options: dict[str, Any] | None = None,
+    token_cache: str | Path | None = None,
     observer: Observer | None = None,
 ) -> PruneReport:
     """Prune a causal language model in place, block by block.
@@ -188,7 +190,7 @@ def prune(
     model, tokenizer
         From transformers; the model stays on its device.
     calibration
-        A text source (see `read_texts`; None is Python's documentation) or ready windows.
+        A text source (see `read_windows`; None is Python's documentation) or ready windows.
     pattern
         Sparsity pattern of every layer, or rules that give each layer its own or none. Embeddings
         and language-model head stay dense.
@@ -209,6 +211,8 @@ def prune(
         Name of the module list of blocks, where it is not found by itself.
     solver_options
         The solver's own options.
+    token_cache
+        Folder of token files, see `read_windows`.
     observer
         Told about progress.
 
@@ -236,7 +240,7 @@ def prune(
     model.eval()
     observer.begin(len(block_list), sum(layer.weight.numel() for layer in chosen_layers))
     observer.phase("calibration text")
-    windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed)
+    windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed, token_cache)
     observer.phase("replay check and capture")
     walk = BlockWalk(model, blocks_name, block_list, windows.tokens, batch_size)
     report = PruneReport(
@@ -259,6 +263,7 @@ def prune(
             "windows": len(windows.tokens),
             "length": windows.tokens.shape[1],
             "sha256": windows.digest,
+            **windows.origin,
         },
         environment=model_environment(model),
         coverage=covered,
@@ -302,13 +307,17 @@ def calibration_windows(
     samples: int,
     seqlen: int,
     seed: int,
+    token_cache: str | Path | None = None,
 ) -> Windows:
     """Windows to calibrate on, no longer than the model's positions."""
-    if isinstance(calibration, Windows):
-        return calibration
-    source, texts = read_texts(calibration, "calibration")
-    length = window_length(model.config, seqlen)
-    return cut_windows(texts, source, tokenizer, length, samples, seed)
+    windows = calibration
+    if not isinstance(windows, Windows):
+        length = window_length(model.config, seqlen)
+        windows = read_windows(
+            windows, "calibration", tokenizer, length, samples, seed, cache=token_cache
+        )
+    check_tokens(model, windows)
+    return windows
 
 
 def layer_problem(
