@@ -16,13 +16,14 @@ from solvers import InvalidInput
 
 from .calibration import Windows
 from .checkpoint import load_masks, save
-from .evaluate import Perplexity, perplexity
+from .evaluate import Estimate, Perplexity, SideBySide, perplexity, side_by_side
 from .masks import StartMasks, apply_masks, keep_zeros, zero_pattern
 from .models import LoadedModel, load_model
 from .prune import LayerResult, Observer, PruneReport, layer_problem, prune
 from .rules import Rules
 
 __all__ = [
+    "Estimate",
     "InvalidInput",
     "LayerResult",
     "LoadedModel",
@@ -30,6 +31,7 @@ __all__ = [
     "Perplexity",
     "PruneReport",
     "Rules",
+    "SideBySide",
     "StartMasks",
     "Windows",
     "apply_masks",
@@ -40,5 +42,6 @@ __all__ = [
     "perplexity",
     "prune",
     "save",
+    "side_by_side",
     "zero_pattern",
 ]
