@@ -12,7 +12,6 @@ gaps, the sample estimates it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from .calibration import Windows
 from .checkpoint import RECORD_FILE, load_masks, write_json
 from .models import LoadedModel, find_blocks, load_model, resolve_device
 from .prune import Observer, calibration_windows
+from .results import read_record, write_results
 from .rules import Rules
 from .walk import BlockWalk
 
@@ -164,6 +164,7 @@ def certify(
             walk.leave(index, rerun=settings["grams"] == "pruned")
     record["certificate"] = {"rows": rows, "row_seconds": row_seconds, "seed": seed}
     write_json(folder / RECORD_FILE, record)
+    write_results(folder, record)
     return results
 
 
@@ -211,20 +212,6 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
             )
         verified[name] = (len(rows), (loss - bound) / loss if loss else 0.0)
     return verified
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a pruned model's folder; `InvalidInput` if there is none."""
-    path = folder / RECORD_FILE
-    if not path.is_file():
-        raise InvalidInput(
-            f"There is no {RECORD_FILE} in {folder}; it is no pruned model's folder."
-        )
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidInput(f"{path} is not JSON ({error}).") from error
-    return record
 
 
 def _patterns(record: dict[str, Any]) -> dict[str, Pattern]:

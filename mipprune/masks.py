@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,12 +61,7 @@ def zero_pattern(model: nn.Module, blocks: str | None = None) -> dict[str, Tenso
     blocks
         Name of the module list of blocks, where it is not found by itself.
     """
-    name, block_list = find_blocks(model, blocks)
-    return {
-        layer.name: (layer.weight != 0).cpu()
-        for index, block in enumerate(block_list)
-        for layer in prunable_layers(block, f"{name}.{index}")
-    }
+    return {layer.name: (layer.weight != 0).cpu() for layer in _layers(model, blocks)}
 
 
 @contextmanager
@@ -200,16 +196,29 @@ def parse_start(start: str | None) -> str | StartMasks | None:
     InvalidInput
         If it is neither.
     """
-    if start is None or start in {info.name for info in available()}:
+    if start is None or start in {"current", *(info.name for info in available())}:
         return start
     if Path(start).expanduser().exists() or start.startswith((".", "/", "~")):
         return StartMasks.read(start)
     return start  # the run refuses unknown solvers and lists those there are
 
 
+def _layers(model: nn.Module, blocks: str | None) -> list[PrunableLayer]:
+    name, block_list = find_blocks(model, blocks)
+    return [
+        layer
+        for index, block in enumerate(block_list)
+        for layer in prunable_layers(block, f"{name}.{index}")
+    ]
+
+
 def _matched(model: nn.Module, masks: Masks) -> list[tuple[PrunableLayer, Tensor]]:
     """The model's layers with their masks, all checked."""
-    layers = {layer.name: layer for layer in prunable_layers(model, "")}
+    # The masks' names begin with that of the list of blocks, which may not be the one found.
+    named = {re.split(r"\.\d+\.", name)[0] for name in masks}
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    blocks = named.pop() if len(named) == 1 and named <= lists else None
+    layers = {layer.name: layer for layer in _layers(model, blocks)}
     for name, mask in masks.items():
         if name not in layers:
             raise InvalidInput(f"The model has no linear layer '{name}' for which there is a mask.")

@@ -102,6 +102,7 @@ class PruneReport:
     layers: list[LayerResult] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -136,6 +137,7 @@ class PruneReport:
         return {
             "format": 1,
             "settings": self.settings,
+            "recipe": self.recipe,
             "calibration": self.calibration,
             "environment": self.environment,
             "coverage": {**asdict(self.coverage), "share": self.coverage.share},

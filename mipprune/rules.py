@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from solvers import NM, InvalidInput, Pattern, PerLayer, PerRow, pattern_from_dict
@@ -20,8 +19,9 @@ _REGEX = "re:"
 class Rules:
     r"""A pattern for every layer, or none.
 
-    Names are matched whole and case counts: a glob, in which ``*`` also spans dots
-    (``*.mlp.*``), or after ``re:`` a regular expression (``re:.*\.[0-3]\.mlp\..*``).
+    Names are matched whole and case counts. ``*`` stands for any characters, dots too
+    (``*.mlp.*``), and nothing else is special; or after ``re:`` there is a regular expression
+    (``re:.*\.[0-3]\.mlp\..*``).
 
     Attributes
     ----------
@@ -112,10 +112,11 @@ class Rules:
 
 
 def matches(expression: str, layer: str) -> bool:
-    """Whether a glob, or a regular expression after ``re:``, is a layer's whole name."""
+    """Whether a name with ``*``, or a regular expression after ``re:``, is a layer's whole name."""
     if expression.startswith(_REGEX):
         return re.fullmatch(expression.removeprefix(_REGEX), layer) is not None
-    return fnmatchcase(layer, expression)
+    parts = (re.escape(part) for part in expression.split("*"))
+    return re.fullmatch(".*".join(parts), layer) is not None
 
 
 def parse_rule(text: str, scope: str = "row") -> tuple[str, Pattern | None]:

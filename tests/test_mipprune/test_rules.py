@@ -34,6 +34,9 @@ def test_the_first_rule_wins_and_ignore_beats_all():
 def test_names_are_matched_whole():
     rules = Rules(HALF, (("mlp", MOST), ("MODEL.*", MOST), ("re:model", MOST)))
     assert rules.pattern_for("model.layers.0.mlp.up_proj") == HALF
+    experts = Rules(HALF, (("*.experts.up[3]", MOST),))
+    assert experts.pattern_for("a.experts.up[3]") == MOST
+    assert experts.pattern_for("a.experts.up3") == HALF
 
 
 def test_rules_survive_the_record():
