@@ -109,7 +109,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
                 ).bool()
                 for name in stored.keys()  # noqa: SIM118 (not a mapping)
             }
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise InvalidInput(f"{file} is no file of packed masks ({error}).") from error
 
 

@@ -19,10 +19,12 @@ p { margin: .3rem 0 .8rem; color: #4a5460; }
 .tile { border: 1px solid #d7dce2; border-radius: 6px; padding: .6rem .9rem; min-width: 8rem; }
 .tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
 .tile span { color: #4a5460; font-size: .85rem; }
-.scroll { overflow: auto; max-height: 42rem; border: 1px solid #d7dce2; border-radius: 6px; }
+.scroll { overflow: auto; max-height: 42rem; width: fit-content; max-width: 100%;
+          border: 1px solid #d7dce2; border-radius: 6px; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+table.results td:first-child { white-space: normal; min-width: 14rem; }
 thead th { position: sticky; top: 0; background: #f3f5f7; border-bottom: 1px solid #d7dce2; }
 tbody tr:nth-child(even) td { background: #fafbfc; }
 table.heat td { text-align: center; min-width: 3.6rem; border: 1px solid #fff; }
@@ -183,7 +185,9 @@ def _evaluations(evaluations: Sequence[dict[str, Any]]) -> str:
             "<h2>Perplexity</h2><p>± is the standard error over windows; the increase is of the "
             "mean negative log-likelihood, over the same windows of both models.</p>"
             + _table(
-                ["text", "dense", "pruned", "increase, nats", "KL, nats", "same top token"], texts
+                ["text", "dense", "pruned", "increase, nats", "KL, nats", "same top token"],
+                texts,
+                "results",
             )
         )
     if tasks:

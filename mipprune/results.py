@@ -207,6 +207,12 @@ def pattern_text(record: dict[str, Any]) -> str:
     return f"{rules.default}" + (", with rules by layer" if others else "")
 
 
+_GAP = (
+    " Gap: no mask of the pattern has a loss lower than this one's by more than this share, on the "
+    "rows that were certified."
+)
+
+
 def model_card(record: dict[str, Any]) -> str:
     """The card of a pruned model, in Markdown with the hub's front matter."""
     settings = record["settings"]
@@ -227,9 +233,8 @@ def model_card(record: dict[str, Any]) -> str:
         f"of {record['calibration']['source']}.",
         _evaluation_table(record.get("evaluations", [])),
         "## Layers",
-        "Loss: squared change of a layer's output per token on the calibration text. Gap: no mask "
-        "of the pattern has a loss lower than this one's by more than this share, on the rows that "
-        "were certified.",
+        "Loss: squared change of a layer's output per token on the calibration text."
+        + (_GAP if everything.gap is not None else ""),
         _layer_table({**by_kind(record), "all": record["layers"]}, everything.gap is not None),
         "## Use",
         "Weights are stored dense, with zeros: the model loads like any other, and is neither "
