@@ -17,7 +17,7 @@ def pruned(family="gpt2", pattern=None, **options):
     return model, mipprune.prune(model, None, WINDOWS, pattern or NM(2, 4), **options)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "falcon"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "falcon", "mixtral"])
 def test_masks_on_the_dense_model_give_the_pruned_one(family):
     model, report = pruned(family)
     dense = tiny_model(family)
@@ -80,6 +80,21 @@ def test_zeros_stay_zero_through_20_steps(family, optimiser):
         assert bool((weight != before)[mask].any())
     step()
     assert bool(weight[~mask].any())  # the hooks are gone with the context
+
+
+def test_zeros_of_fused_experts_stay_zero():
+    model, report = pruned("mixtral", solver="wanda")
+    tokens = WINDOWS.tokens
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with mipprune.keep_zeros(model, optimizer):
+        for _ in range(20):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    after = mipprune.zero_pattern(model)
+    assert any("[" in name for name in after)
+    for name, mask in report.masks.items():
+        assert not bool(after[name][~mask].any())
 
 
 def test_momentum_from_before_cannot_revive_weights():
