@@ -5,7 +5,7 @@ BIN = .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest test-extras lint format clean
 
 demo: .venv/installed
 	$(BIN)/mipprune demo
@@ -16,7 +16,12 @@ test: .venv/installed
 # What depends on transformers, with the oldest version that is supported.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(addprefix tests/test_mipprune/test_, \
-		models.py capture.py experts.py gram.py prune.py checkpoint.py)
+		models.py capture.py experts.py gram.py prune.py checkpoint.py masks.py evaluate.py fuzz.py)
+
+# Optional extras, each with the packages that it wants, in an environment of its own.
+test-extras: .venv-eval/installed .venv-llmcompressor/installed
+	.venv-eval/bin/python -m pytest tests/test_mipprune/test_zero_shot.py
+	.venv-llmcompressor/bin/python -m pytest tests/test_mipprune/test_llmcompressor.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -38,5 +43,16 @@ format: .venv/installed
 		--editable ".[dev]"
 	touch $@
 
+.venv-eval/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,eval]"
+	touch $@
+
+# llm-compressor wants older packages than the pins.
+.venv-llmcompressor/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-llmcompressor
+	.venv-llmcompressor/bin/python -m pip install --quiet --editable ".[dev,llmcompressor]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest mipprune-demo
+	rm -rf .venv .venv-oldest .venv-eval .venv-llmcompressor mipprune-demo

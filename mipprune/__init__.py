@@ -16,22 +16,32 @@ from solvers import InvalidInput
 
 from .calibration import Windows
 from .checkpoint import load_masks, save
-from .evaluate import Perplexity, perplexity
+from .evaluate import Estimate, Perplexity, SideBySide, perplexity, side_by_side
+from .masks import StartMasks, apply_masks, keep_zeros, zero_pattern
 from .models import LoadedModel, load_model
 from .prune import LayerResult, Observer, PruneReport, layer_problem, prune
+from .rules import Rules
 
 __all__ = [
+    "Estimate",
     "InvalidInput",
     "LayerResult",
     "LoadedModel",
     "Observer",
     "Perplexity",
     "PruneReport",
+    "Rules",
+    "SideBySide",
+    "StartMasks",
     "Windows",
+    "apply_masks",
+    "keep_zeros",
     "layer_problem",
     "load_masks",
     "load_model",
     "perplexity",
     "prune",
     "save",
+    "side_by_side",
+    "zero_pattern",
 ]

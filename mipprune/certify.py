@@ -12,7 +12,6 @@ gaps, the sample estimates it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, pattern_from_dict, solve
+from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, solve
 from solvers.certificate import check, load_certificates, save_certificates
 from solvers.semidefinite.layer import fitted_price
 
@@ -31,6 +30,8 @@ from .calibration import Windows
 from .checkpoint import RECORD_FILE, load_masks, write_json
 from .models import LoadedModel, find_blocks, load_model, resolve_device
 from .prune import Observer, calibration_windows
+from .results import read_record, write_results
+from .rules import Rules
 from .walk import BlockWalk
 
 FOLDER = "certificates"
@@ -120,7 +121,7 @@ def certify(
     folder = Path(folder)
     record = read_record(folder)
     settings = record["settings"]
-    pattern = pattern_from_dict(record["settings"]["pattern"])
+    patterns = _patterns(record)
     if rows is not None and rows < 1:
         raise InvalidInput(f"{rows} rows certify nothing; give at least 1.")
     if model is None:
@@ -146,7 +147,9 @@ def certify(
     results = []
     for index in range(len(walk)):
         step = walk.visit(index)
-        for at, layer in enumerate(step.layers):
+        pruned = [layer for layer in step.layers if layer.name in patterns]
+        for at, layer in enumerate(pruned):
+            pattern = patterns[layer.name]
             observer.phase(layer.name.removeprefix(f"{blocks_name}."))
             mask = masks[layer.name]
             problem = MaskProblem(layer.weight, step.grams.gram(layer).matrix, pattern).to("cpu")
@@ -155,12 +158,13 @@ def certify(
             result = _certify_layer(folder, layer.name, problem, mask, chosen, row_seconds, seed)
             results.append(result)
             recorded[layer.name]["certificate"] = asdict(result)
-        for layer in step.layers:
+        for layer in pruned:
             layer.weight.masked_fill_(~masks[layer.name].to(layer.weight.device), 0.0)
         if index + 1 < len(walk):
             walk.leave(index, rerun=settings["grams"] == "pruned")
     record["certificate"] = {"rows": rows, "row_seconds": row_seconds, "seed": seed}
     write_json(folder / RECORD_FILE, record)
+    write_results(folder, record)
     return results
 
 
@@ -179,7 +183,7 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
     """
     folder = Path(folder)
     record = read_record(folder)
-    pattern = pattern_from_dict(record["settings"]["pattern"])
+    patterns = _patterns(record)
     certified = [layer for layer in record["layers"] if "certificate" in layer]
     if not certified:
         raise InvalidInput(f"{folder} has no certificates; make them with mipprune certify.")
@@ -189,11 +193,11 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
         name, claimed = layer["name"], layer["certificate"]
         certificates_file, problem_file = _files(folder, name)
         try:
-            violation = pattern.violation(masks[name])
+            violation = patterns[name].violation(masks[name])
             if violation is not None:
                 raise InvalidInput(f"The mask does not follow the pattern: {violation}.")
             certificates = load_certificates(certificates_file)
-            part = _pattern_of_rows(pattern, masks[name][claimed["rows"]])
+            part = _pattern_of_rows(patterns[name], masks[name][claimed["rows"]])
             rows = check(MaskProblem.load(problem_file, part), certificates)
             for certificate, row in zip(certificates, claimed["rows"], strict=True):
                 if not np.array_equal(certificate.mask, masks[name][row].numpy()):
@@ -210,18 +214,11 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
     return verified
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a pruned model's folder; `InvalidInput` if there is none."""
-    path = folder / RECORD_FILE
-    if not path.is_file():
-        raise InvalidInput(
-            f"There is no {RECORD_FILE} in {folder}; it is no pruned model's folder."
-        )
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidInput(f"{path} is not JSON ({error}).") from error
-    return record
+def _patterns(record: dict[str, Any]) -> dict[str, Pattern]:
+    """The pattern of every layer that was pruned."""
+    rules = Rules.of_settings(record["settings"])
+    patterns = {layer["name"]: rules.pattern_for(layer["name"]) for layer in record["layers"]}
+    return {name: pattern for name, pattern in patterns.items() if pattern is not None}
 
 
 def _dense_model(settings: dict[str, Any], device: str, trust_remote_code: bool) -> LoadedModel:

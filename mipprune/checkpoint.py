@@ -52,23 +52,27 @@ def save(
     tokenizer
         Saved beside it.
     report
-        The record, saved as `RECORD_FILE`, and the masks, one bit per weight.
+        The record, saved as `RECORD_FILE` with a card and a report for people, and the masks,
+        one bit per weight.
     dtype
         Type of the stored weights; None leaves the model's. The type that the model was stored
         in is exact, since pruning changes no weight but to zero.
     """
+    from .results import write_results
+
     with replaced_on_success(check_new(out)) as folder:
         folder.mkdir()
         model.to(dtype or model.dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_masks(folder / MASKS_FILE, report.masks)
         write_json(folder / RECORD_FILE, report.to_dict())
+        write_results(folder, report.to_dict())
 
 
 def write_json(path: str | Path, record: Any) -> None:
     """JSON in one piece; not-a-number is written as null."""
     with replaced_on_success(path) as temporary:
-        text = json.dumps(_finite(record), indent=1, allow_nan=False)
+        text = json.dumps(finite(record), indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -105,16 +109,16 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
                 ).bool()
                 for name in stored.keys()  # noqa: SIM118 (not a mapping)
             }
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise InvalidInput(f"{file} is no file of packed masks ({error}).") from error
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same structure with floats that JSON cannot hold replaced by None."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

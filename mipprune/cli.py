@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,32 @@ from rich.status import Status
 from solvers import NM, InvalidInput, Pattern, PerLayer, PerRow
 
 if TYPE_CHECKING:
-    from .prune import LayerResult, Observer, PruneReport
+    from .prune import Observer, PruneReport
+
+_NO_RECIPE = ("config", "log", "quiet", "verbose", "trust_remote_code")
+"""Options of the command line alone: how a run is watched, and trust, which no file can give."""
+
+
+def _take_recipe(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a recipe's values be the defaults of the command's options."""
+    from .recipe import read_recipe
+
+    if path is not None:
+        options = [one for one in context.command.params if one.name not in (*_NO_RECIPE, "help")]
+        repeated = {str(one.name) for one in options if getattr(one, "multiple", False)}
+        values = read_recipe(path, {str(one.name) for one in options}, repeated)
+        context.default_map = dict(values)
+    return path
+
+
+def _recipe_of(context: typer.Context) -> dict[str, Any]:
+    """The command's options as they are in force."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in context.params.items()
+        if name not in _NO_RECIPE and value not in (None, [], ())
+    }
+
 
 app = typer.Typer(
     name="mipprune",
@@ -35,8 +59,8 @@ ModelArgument = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help=".txt, .jsonl, .parquet, or a data set as id, id:config or id:config#split. "
-        "Default: Python's own documentation."
+        help="[stream:]NAME[:CONFIG][#SPLIT][@COLUMN]: a .txt, .jsonl or .parquet file, a folder "
+        "of such, a data set's id, or a token file. Default: Python's own documentation."
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
@@ -62,10 +86,11 @@ def demo(
 ) -> None:
     """Prune the embedded GPT in several ways and compare them, offline."""
     from .demo import CERTIFIED_LAYER, CERTIFIED_ROWS, METHODS, PATTERNS, run_demo
+    from .progress import progress
     from .report import demo_table
 
     _quiet_transformers()
-    with _progress(runs=len(METHODS) * len(PATTERNS)) as observe:
+    with progress(_err, runs=len(METHODS) * len(PATTERNS)) as observe:
         rows = run_demo(out, samples=samples, seed=seed, row_seconds=row_seconds, observer=observe)
     _out.print(demo_table(rows))
     _out.print(
@@ -83,6 +108,7 @@ def demo(
 
 @app.command()
 def prune(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="New folder for the pruned model.")],
     sparsity: Annotated[
@@ -96,8 +122,8 @@ def prune(
     start: Annotated[
         str | None,
         typer.Option(
-            help="Solver whose mask to start from, or current: the weights that are not zero."
-            "  [default: wanda]"
+            help="Solver whose mask to start from, current (the weights that are not zero), or the "
+            "folder of a pruned model, by whomever.  [default: wanda]"
         ),
     ] = None,
     option: Annotated[
@@ -116,24 +142,81 @@ def prune(
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     blocks: Blocks = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATTERN for layers by name: a sparsity, keep:group or dense; repeatable, "
+            "the first match wins. NAME is a layer's whole name, with * for any characters, or "
+            "after re: a regular expression."
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave layers of this NAME dense; repeatable.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Leave all other layers dense; repeatable.")
+    ] = None,
+    token_cache: Annotated[
+        Path | None, typer.Option(help="Folder of token files to read or fill.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Append the run's events to this file, as JSON lines.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print a line for every layer.")
+    ] = False,
+    config: Annotated[  # noqa: ARG001 (taken up by its callback)
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=_take_recipe,
+            help="YAML file of these options; what the command line says too wins.",
+        ),
+    ] = None,
 ) -> None:
-    """Prune a model and save it: safetensors, tokenizer, packed masks, and the record."""
+    """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
     from .checkpoint import check_new, save
+    from .masks import parse_start
+    from .progress import LineObserver, Observers, progress, run_log
     from .prune import prune as run
+    from .recipe import recipe_text
     from .report import layer_table
+    from .rules import Rules, parse_rule
 
+    if quiet and verbose:
+        raise InvalidInput("Give --quiet or --verbose, not both.")
     check_new(out)
-    chosen_pattern = parse_pattern(sparsity, pattern, scope)
+    rules = Rules(
+        parse_pattern(sparsity, pattern, scope),
+        tuple(parse_rule(text, scope) for text in rule or []),
+        tuple(ignore or []),
+        tuple(only or []),
+    )
+    recipe = _recipe_of(context)
     options = parse_options(option or [])
+    start_from = parse_start(start)
     loaded = _load(model, device, dtype, trust_remote_code)
-    with _progress() as observe:
+    if not quiet:
+        _out.print(recipe_text(recipe).rstrip(), markup=False, soft_wrap=True)
+    with ExitStack() as stack:
+        run_events = stack.enter_context(run_log(log))
+        observers: list[Observer] = []
+        if run_events is not None:
+            run_events.event("recipe", **recipe)
+            observers.append(run_events)
+        if not quiet:
+            bar = stack.enter_context(progress(_err))
+            observers.append(bar(f"{model}, {rules.default}"))
+        if verbose:
+            observers.append(LineObserver(_err))
         report = run(
             loaded.model,
             loaded.tokenizer,
             calibration,
-            chosen_pattern,
+            rules,
             solver,
-            start,
+            start_from,
             samples=samples,
             seqlen=seqlen,
             batch_size=batch_size,
@@ -141,12 +224,26 @@ def prune(
             seed=seed,
             blocks=blocks,
             solver_options=options,
-            observer=observe(f"{model}, {chosen_pattern}"),
+            token_cache=token_cache,
+            observer=Observers(*observers),
         )
-    report.settings.update(model=model, calibration=calibration, dtype=dtype)
-    save(out, loaded.model, loaded.tokenizer, report, loaded.stored_dtype)
-    _out.print(layer_table(report))
+        report.settings.update(model=model, calibration=calibration, dtype=dtype)
+        report.recipe = recipe
+        save(out, loaded.model, loaded.tokenizer, report, loaded.stored_dtype)
+        if run_events is not None:
+            run_events.event(
+                "end",
+                out=str(out),
+                sparsity=report.sparsity,
+                loss=report.loss,
+                loss_reference=report.loss_reference,
+                mask_hash=report.mask_hash,
+                warnings=report.warnings,
+            )
     _print_warnings(report)
+    if quiet:
+        return
+    _out.print(layer_table(report))
     _out.print(
         f"Pruned {report.sparsity:.1%} of {report.coverage.prunable:,} weights "
         f"({report.coverage.share:.0%} of the block weights); mask hash {report.mask_hash[:16]}.",
@@ -160,48 +257,137 @@ def prune(
 @app.command()
 def evaluate(
     model: ModelArgument,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model, to compare the predictions with.")
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(help="Like --calibration of prune. Default: Python's own documentation."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Windows.  [default: all]")] = None,
     seqlen: SeqLen = 2048,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Overlapping windows, so many tokens apart, of the text's beginning; "
+            "default: windows that do not overlap."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness or their YAML files, separated by commas, "
+            "instead of perplexity."
+        ),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before a question.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task.  [default: all]")] = None,
     batch_size: Batch = 8,
     device: Device = "auto",
     dtype: DTypeOption = "auto",
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
+    save: Annotated[
+        bool, typer.Option("--save", help="Add the result to the pruned model's record and card.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here too.")
     ] = None,
 ) -> None:
-    """Perplexity of a model, dense or pruned, on windows that do not overlap."""
-    from .calibration import cut_windows, read_texts, window_length
+    """Perplexity or tasks; with --against, KL divergence and agreement of the top token too."""
+    from .calibration import check_tokens, read_windows, window_length
     from .checkpoint import write_json
-    from .evaluate import perplexity
+    from .evaluate import perplexity, side_by_side
+    from .report import evaluation_table
+    from .results import add_evaluation, evaluation_record, read_record
+    from .zero_shot import zero_shot
 
+    if save:
+        read_record(model)
+    if json_file is not None:
+        _check_writable(json_file)
     loaded = _load(model, device, dtype, trust_remote_code)
-    source, texts = read_texts(text, "evaluation")
-    length = window_length(loaded.model.config, seqlen)
-    windows = cut_windows(texts, source, loaded.tokenizer, length, samples, seed)
-    result = perplexity(loaded.model, windows, batch_size)
+    dense = None if against is None else _load(against, device, dtype, trust_remote_code)
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        settings: dict[str, Any] = {"shots": shots, "limit": limit}
+        settings.update(batch_size=batch_size, seed=seed)
+        record: dict[str, Any] = {"model": model, "tasks": zero_shot(loaded, names, **settings)}
+        if dense is not None:
+            record["against"] = {"model": against, "tasks": zero_shot(dense, names, **settings)}
+    else:
+        length = window_length(loaded.model.config, seqlen)
+        windows = read_windows(
+            text,
+            "evaluation",
+            loaded.tokenizer,
+            length,
+            samples,
+            seed,
+            in_order=stride is not None,
+        )
+        for one in filter(None, (loaded, dense)):
+            check_tokens(one.model, windows)
+        result = (
+            perplexity(loaded.model, windows, batch_size, stride)
+            if dense is None
+            else side_by_side(dense.model, loaded.model, windows, batch_size, stride)
+        )
+        record = evaluation_record(model, windows, result, against)
+    _out.print(evaluation_table(record))
+    how = (
+        f"{record['text']}: {record['method']}."
+        if tasks is None
+        else f"By lm-evaluation-harness {record['tasks']['harness']}."
+    )
+    _out.print(how, soft_wrap=True, markup=False)
+    if json_file is not None:
+        write_json(json_file, record)
+    if save:
+        add_evaluation(model, record)
+
+
+@app.command()
+def tokens(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="New safetensors file.")],
+    text: Calibration = None,
+    samples: Samples = 128,
+    seqlen: SeqLen = 2048,
+    seed: Seed = 0,
+) -> None:
+    """Write a calibration text's windows as a token file, which --calibration takes anywhere."""
+    from .calibration import read_windows, window_length
+    from .checkpoint import check_new
+
+    check_new(out)
+    if out.suffix != ".safetensors":
+        raise InvalidInput(f"{out} is no name for a token file; let it end in .safetensors.")
+    config, tokenizer = _load_tokenizer(model)
+    length = window_length(config, seqlen)
+    windows = read_windows(text, "calibration", tokenizer, length, samples, seed)
+    windows.save(out)
     _out.print(
-        f"perplexity {result.perplexity:.4f} over {result.predicted_tokens:,} tokens "
-        f"({len(windows.tokens)} windows of {length}, {source})",
+        f"{len(windows.tokens)} windows of {length} tokens, {windows.source}; "
+        f"hash {windows.digest[:16]}. Written: {out}",
         soft_wrap=True,
         markup=False,
     )
-    if json_file is not None:
-        record = {
-            "model": model,
-            "perplexity": result.perplexity,
-            "predicted_tokens": result.predicted_tokens,
-            "windows": len(windows.tokens),
-            "length": length,
-            "text": source,
-            "text_sha256": windows.digest,
-        }
-        write_json(json_file, record)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a pruned model.", show_default=False)],
+) -> None:
+    """Write a pruned model's card and HTML report anew, from its record."""
+    from .results import CARD_FILE, REPORT_FILE, read_record, write_report, write_results
+
+    record = read_record(folder)
+    write_report(folder, record)
+    write_results(folder, record)
+    _out.print(
+        f"Written: {folder / REPORT_FILE}, {folder / CARD_FILE}", soft_wrap=True, markup=False
+    )
 
 
 @app.command()
@@ -364,6 +550,41 @@ def check(
     )
 
 
+@app.command(name="time-2to4")
+def time_2to4(
+    folder: Annotated[Path, typer.Argument(help="Folder of a 2:4 model.", show_default=False)],
+    batches: Annotated[
+        str, typer.Option(help="Tokens at a time, separated by commas.")
+    ] = "1,8,64,512,4096",
+    repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 50,
+    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here too.")
+    ] = None,
+) -> None:
+    """Time a 2:4 model's layers, dense and by PyTorch's sparse kernels (CUDA only)."""
+    from dataclasses import asdict
+
+    from .checkpoint import write_json
+    from .environment import environment
+    from .models import resolve_device
+    from .report import timing_table
+    from .timing import time_2to4 as run
+
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1 or repeats < 1:
+        raise InvalidInput("Batches and repeats are positive numbers, such as --batches 1,8,64.")
+    timings = run(folder, batches=sizes, repeats=repeats, device=device)
+    _out.print(timing_table(timings))
+    if json_file is not None:
+        record = [asdict(timing) for timing in timings]
+        machine = environment(resolve_device(device), [])
+        write_json(json_file, {"environment": machine, "timings": record})
+
+
 @app.command()
 def solvers() -> None:
     """List the solvers, what they can do, and why one cannot run here."""
@@ -430,6 +651,22 @@ def _load(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:
         return load_model(model, resolve_device(device), dtype, trust_remote_code)  # type: ignore[arg-type]
 
 
+def _load_tokenizer(model: str) -> tuple[Any, Any]:
+    """Configuration and tokenizer of a model, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from .embedded import MODEL_NAME, MODEL_PATH
+
+    _quiet_transformers()
+    path = str(MODEL_PATH) if model == MODEL_NAME else str(Path(model).expanduser())
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return config, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInput(f"The tokenizer of '{model}' cannot be read: {reason}") from error
+
+
 def _phases(status: Status) -> Observer:
     """An observer that shows the current phase."""
     from .prune import Observer
@@ -459,59 +696,6 @@ def _print_warnings(report: PruneReport) -> None:
             "their weights were pruned first.",
             soft_wrap=True,
         )
-
-
-@contextmanager
-def _progress(runs: int = 1) -> Iterator[Any]:
-    """A progress bar; yields what makes an observer of a run out of its title."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    from .prune import Observer
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=10),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=_err,
-    )
-    task = bar.add_task("", total=None, loss="")
-
-    class BarObserver(Observer):
-        def __init__(self, title: str) -> None:
-            self._loss, self._reference, self._blocks = 0.0, 0.0, 0
-            bar.console.print(title, markup=False)
-
-        def begin(self, blocks: int, weights: int) -> None:
-            self._blocks = blocks
-            if bar.tasks[0].total is None:
-                bar.update(task, total=runs * weights)
-
-        def phase(self, text: str) -> None:
-            bar.update(task, description=text)
-
-        def layer(self, block: int, result: LayerResult) -> None:
-            self._loss += result.loss
-            self._reference += result.loss_reference
-            share = f"{self._loss / self._reference:.3f} of wanda" if self._reference else ""
-            bar.update(
-                task,
-                advance=result.rows * result.inputs,
-                loss=f"block {block + 1}/{self._blocks}, loss {share}",
-            )
-
-    def observe(title: str) -> Observer:
-        return BarObserver(title)
-
-    with bar:
-        yield observe
 
 
 def main() -> None:

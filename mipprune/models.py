@@ -93,10 +93,17 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, **trust)
         stored = config.dtype
         wanted: Any = _DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **trust)
-    except InvalidInput:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=wanted, output_loading_info=True, **trust
+        )
+        if found["missing_keys"]:  # transformers would go on with random values
+            raise InvalidInput(
+                f"'{source}' lacks the weight {min(found['missing_keys'])} "
+                f"({len(found['missing_keys'])} in all); get all of its files again."
+            )
+    except (InvalidInput, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of many kinds; all mean that its files are no model
         if "trust_remote_code" in str(error):
             raise InvalidInput(
                 f"'{source}' needs code of its own, which is not run; read that code, and if you "
@@ -118,7 +125,10 @@ def _is_path(source: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line, with the kind of error if that is not one that speaks for itself."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    plain = isinstance(error, (OSError, ValueError)) and text
+    return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +20,12 @@ from solvers import (
 )
 from solvers.registry import DEFAULT_START
 
-from .calibration import Windows, cut_windows, read_texts, window_length
+from .calibration import Windows, check_tokens, read_windows, window_length
 from .environment import environment
 from .gram import Gram
+from .masks import StartMasks, mask_digest
 from .models import Coverage, PrunableLayer, coverage, find_blocks, prunable_layers
+from .rules import Rules
 from .walk import BlockWalk
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class PruneReport:
     layers: list[LayerResult] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -123,23 +125,19 @@ class PruneReport:
     def sparsity(self) -> float:
         """Share removed of all prunable weights."""
         removed = sum(layer.sparsity * layer.rows * layer.inputs for layer in self.layers)
-        return removed / sum(layer.rows * layer.inputs for layer in self.layers)
+        return removed / self.coverage.prunable
 
     @property
     def mask_hash(self) -> str:
         """SHA-256 over the names, shapes and packed masks of all layers."""
-        digest = sha256()
-        for name in sorted(self.masks):
-            mask = self.masks[name]
-            digest.update(f"{name} {tuple(mask.shape)}".encode())
-            digest.update(np.packbits(mask.numpy(), axis=1).tobytes())
-        return digest.hexdigest()
+        return mask_digest(self.masks)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready record, without the masks themselves."""
         return {
             "format": 1,
             "settings": self.settings,
+            "recipe": self.recipe,
             "calibration": self.calibration,
             "environment": self.environment,
             "coverage": {**asdict(self.coverage), "share": self.coverage.share},
@@ -173,9 +171,9 @@ def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     calibration: str | Windows | None,
-    pattern: Pattern,
+    pattern: Pattern | Rules,
     solver: str = "swap",
-    start: str | None = None,
+    start: str | StartMasks | None = None,
     *,
     samples: int = 128,
     seqlen: int = 2048,
@@ -184,6 +182,7 @@ def prune(
     seed: int = 0,
     blocks: str | None = None,
     solver_options: dict[str, Any] | None = None,
+    token_cache: str | Path | None = None,
     observer: Observer | None = None,
 ) -> PruneReport:
     """Prune a causal language model in place, block by block.
@@ -193,12 +192,14 @@ def prune(
     model, tokenizer
         From transformers; the model stays on its device.
     calibration
-        A text source (see `read_texts`; None is Python's documentation) or ready windows.
+        A text source (see `read_windows`; None is Python's documentation) or ready windows.
     pattern
-        Sparsity pattern of every layer. Embeddings and language-model head stay dense.
+        Sparsity pattern of every layer, or rules that give each layer its own or none. Embeddings
+        and language-model head stay dense.
     solver, start
         Names out of `solvers.available`; a start of None leaves it to the solver. `CURRENT` starts
-        from the weights that are not zero, which have to follow the pattern.
+        from the weights that are not zero, which have to follow the pattern. A run may also start
+        from masks, each moved to the nearest of its layer's pattern.
     samples, seqlen
         Calibration windows and tokens in each (at most the model's positions).
     batch_size
@@ -212,6 +213,8 @@ def prune(
         Name of the module list of blocks, where it is not found by itself.
     solver_options
         The solver's own options.
+    token_cache
+        Folder of token files, see `read_windows`.
     observer
         Told about progress.
 
@@ -226,28 +229,30 @@ def prune(
     chosen = get_solver(solver, **(solver_options or {}))
     if start is None and chosen.needs_start:
         start = DEFAULT_START
-    for name in filter(None, (solver, None if start == CURRENT else start)):
-        reason = get_solver(name).unable(pattern)
-        if reason is not None:
-            raise InvalidInput(reason)
+    rules = pattern if isinstance(pattern, Rules) else Rules(pattern)
     if grams not in ("pruned", "dense"):
         raise InvalidInput(f"Grams are taken from 'pruned' or 'dense', not '{grams}'.")
     blocks_name, block_list = find_blocks(model, blocks)
     covered = coverage(blocks_name, block_list, model)
-    for layer in all_layers(blocks_name, block_list):
-        _check_layer(layer, pattern, start)
+    layers = all_layers(blocks_name, block_list)
+    rules.check(layer.name for layer in layers)
+    chosen_layers = [layer for layer in layers if rules.pattern_for(layer.name) is not None]
+    for layer in chosen_layers:
+        _check_layer(layer, rules, solver, start)
     model.eval()
-    observer.begin(len(block_list), covered.prunable)
+    observer.begin(len(block_list), sum(layer.weight.numel() for layer in chosen_layers))
     observer.phase("calibration text")
-    windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed)
+    windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed, token_cache)
     observer.phase("replay check and capture")
     walk = BlockWalk(model, blocks_name, block_list, windows.tokens, batch_size)
     report = PruneReport(
         settings={
             "solver": solver,
-            "start": start,
+            "start": start.source if isinstance(start, StartMasks) else start,
+            "start_sha256": start.digest if isinstance(start, StartMasks) else None,
             "solver_options": solver_options or {},
-            "pattern": pattern.to_dict(),
+            "pattern": rules.default.to_dict(),
+            "rules": rules.to_dict(),
             "grams": grams,
             "samples": samples,
             "seqlen": seqlen,
@@ -260,6 +265,7 @@ def prune(
             "windows": len(windows.tokens),
             "length": windows.tokens.shape[1],
             "sha256": windows.digest,
+            **windows.origin,
         },
         environment=model_environment(model),
         coverage=covered,
@@ -279,10 +285,12 @@ def prune(
         observer.phase(f"{index}: Gram matrices")
         step = walk.visit(index)
         for layer in step.layers:
+            layer_pattern = rules.pattern_for(layer.name)
+            if layer_pattern is None:
+                continue
             observer.phase(layer.name.removeprefix(f"{blocks_name}."))
-            result, mask = _prune_layer(
-                layer, step.grams.gram(layer), pattern, solver, start, seed, solver_options or {}
-            )
+            gram, options = step.grams.gram(layer), solver_options or {}
+            result, mask = _prune_layer(layer, gram, layer_pattern, solver, start, seed, options)
             report.layers.append(result)
             report.masks[layer.name] = mask.cpu()
             if result.note:
@@ -301,13 +309,17 @@ def calibration_windows(
     samples: int,
     seqlen: int,
     seed: int,
+    token_cache: str | Path | None = None,
 ) -> Windows:
     """Windows to calibrate on, no longer than the model's positions."""
-    if isinstance(calibration, Windows):
-        return calibration
-    source, texts = read_texts(calibration, "calibration")
-    length = window_length(model.config, seqlen)
-    return cut_windows(texts, source, tokenizer, length, samples, seed)
+    windows = calibration
+    if not isinstance(windows, Windows):
+        length = window_length(model.config, seqlen)
+        windows = read_windows(
+            windows, "calibration", tokenizer, length, samples, seed, cache=token_cache
+        )
+    check_tokens(model, windows)
+    return windows
 
 
 def layer_problem(
@@ -364,8 +376,19 @@ def model_environment(model: nn.Module) -> dict[str, Any]:
     return {**environment(parameter.device, ["transformers"]), "dtype": dtype}
 
 
-def _check_layer(layer: PrunableLayer, pattern: Pattern, start: str | None) -> None:
+def _check_layer(
+    layer: PrunableLayer, rules: Rules, solver: str, start: str | StartMasks | None
+) -> None:
     rows, inputs = layer.weight.shape
+    pattern = rules.pattern_for(layer.name)
+    assert pattern is not None, "only layers that are pruned are checked"
+    names = [solver] if start == CURRENT or not isinstance(start, str) else [solver, start]
+    for name in names:
+        reason = get_solver(name).unable(pattern)
+        if reason is not None:
+            raise InvalidInput(reason)
+    if isinstance(start, StartMasks):
+        start.check(layer)
     try:
         pattern.check((rows, inputs))
     except InvalidInput as error:
@@ -386,7 +409,7 @@ def _prune_layer(
     gram: Gram,
     pattern: Pattern,
     solver: str,
-    start: str | None,
+    start: str | StartMasks | None,
     seed: int,
     options: dict[str, Any],
 ) -> tuple[LayerResult, Tensor]:
@@ -401,7 +424,12 @@ def _prune_layer(
     elif start is None:
         solution = solve(problem, solver, seed=seed, **options)
     else:
-        started = layer.weight != 0 if start == CURRENT else solve(problem, start, seed=seed).mask
+        if isinstance(start, StartMasks):
+            started = start.solution(layer.name, problem).mask
+        elif start == CURRENT:
+            started = layer.weight != 0
+        else:
+            started = solve(problem, start, seed=seed).mask
         solution = solve(problem, solver, start=started, seed=seed, **options)
     seconds = time.perf_counter() - began
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .compare import Comparison
     from .demo import DemoRow
     from .prune import LayerResult, PruneReport
+    from .timing import Timing
 
 
 def layer_table(report: PruneReport) -> Table:
@@ -63,6 +64,65 @@ def certificate_table(certificates: Sequence[LayerCertificate]) -> Table:
     gap = f"{(loss - bound) / loss:.2%}" if loss else "0 %"
     table.add_row("all", str(rows), f"{loss:.4g}", gap, "")
     return table
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> Table:
+    """A perplexity or tasks, of one model or of two; as `evaluation_record` has it."""
+    from .results import with_error
+
+    against = evaluation.get("against") or {}
+    table = Table(box=SIMPLE_HEAD, show_header=bool(against))
+    table.add_column("")
+    for column in ("pruned", "dense") if against else (str(evaluation["model"]),):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def row(name: str, own: str, dense: str = "") -> None:
+        table.add_row(name, own, *([dense] if against else []))
+
+    if "perplexity" in evaluation:
+        of_dense = f"{against['perplexity']:.4f}" if against else ""
+        row("perplexity", f"{evaluation['perplexity']:.4f}", of_dense)
+        nll = with_error(evaluation["nll"], 4)
+        row("negative log-likelihood, nats", nll, with_error(against["nll"], 4) if against else "")
+        if against:
+            row("increase, nats", with_error(against["nll_increase"], 4))
+            row("KL(dense ‖ pruned), nats", with_error(against["kl"], 4))
+            row("same top token", with_error(against["agreement"], 2, percent=True))
+        row("predicted tokens", f"{evaluation['predicted_tokens']:,}")
+        return table
+    found = evaluation["tasks"]
+    for task, result in found["tasks"].items():
+        others = (against.get("tasks") or {}).get("tasks", {}).get(task, {}).get("metrics", {})
+        for metric in result["metrics"]:
+            if not metric.endswith("_stderr"):
+                own, dense = (_metric(values, metric) for values in (result["metrics"], others))
+                row(f"{task}, {result['shots']} shots, {metric}", own, dense)
+    return table
+
+
+def timing_table(timings: Sequence[Timing]) -> Table:
+    """One line per size and batch."""
+    table = Table(title="Median milliseconds of a product", box=SIMPLE_HEAD)
+    table.add_column("layer (outputs x inputs)", no_wrap=True)
+    for column in ("layers", "tokens", "dense", "2:4", "dense / 2:4"):
+        table.add_column(column, justify="right")
+    for one in timings:
+        table.add_row(
+            f"{one.outputs} x {one.inputs}",
+            str(one.layers),
+            str(one.batch),
+            f"{one.dense:.4f}",
+            f"{one.sparse:.4f}",
+            f"{one.ratio:.2f}",
+        )
+    return table
+
+
+def _metric(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return "–"
+    error = metrics.get(f"{name}_stderr")
+    return f"{metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _sums(layers: Sequence[LayerResult]) -> list[str]:

@@ -1,9 +1,21 @@
+import copy
+import functools
 import json
 
 import pytest
 import torch
+from models import tiny_model
 
-from mipprune.calibration import Windows, cut_windows, read_texts, window_length
+from mipprune.calibration import (
+    Streamed,
+    TextSource,
+    Windows,
+    check_tokens,
+    cut_windows,
+    read_texts,
+    read_windows,
+    window_length,
+)
 from mipprune.embedded import python_documentation, word_runs
 from solvers import InvalidInput
 
@@ -115,6 +127,9 @@ def test_texts_that_cannot_be_had_are_refused(tmp_path, tokenizer):
     (tmp_path / "column.jsonl").write_text('{"words": "fine"}')
     with pytest.raises(InvalidInput, match="no text under 'text'"):
         cut(str(tmp_path / "column.jsonl"))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\x00")
+    with pytest.raises(InvalidInput, match="line 1, is not JSON"):
+        cut(str(tmp_path / "binary.jsonl"))
     (tmp_path / "bad.parquet").write_text("no parquet")
     with pytest.raises(InvalidInput, match="not a parquet file"):
         cut(str(tmp_path / "bad.parquet"))
@@ -128,3 +143,131 @@ def test_texts_that_cannot_be_had_are_refused(tmp_path, tokenizer):
 def test_window_length_is_limited_by_the_positions(embedded):
     assert window_length(embedded.model.config, 2048) == 256
     assert window_length(embedded.model.config, 100) == 100
+
+
+def texts_of(source, side="calibration"):
+    return list(read_texts(str(source), side)[1])
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    write(tmp_path / "b.jsonl", ["second", "third"])
+    write(tmp_path / "a.txt", ["first"])
+    write(tmp_path / "deep" / "c.parquet", ["fourth"])
+    write(tmp_path / ".hidden" / "d.txt", ["never"])
+    (tmp_path / "notes.md").write_text("never")
+    assert texts_of(tmp_path) == ["first", "second", "third", "fourth"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidInput, match=r"holds no \.txt, \.jsonl or \.parquet"):
+        texts_of(tmp_path / "empty")
+
+
+def test_a_column_may_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "one", "text": "no"}\n{"body": "two", "text": "no"}\n')
+    assert texts_of(f"{rows}@body") == ["one", "two"]
+    with pytest.raises(InvalidInput, match="line 1, has no text under 'title'"):
+        texts_of(f"{rows}@title")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text(rows.read_text())
+    assert texts_of(f"{data}#train@body") == ["one", "two"]
+    assert texts_of(f"stream:{data}#train@body") == ["one", "two"]
+    odd = tmp_path / "a@b#c:d.txt"
+    odd.write_text("a path that exists is never taken apart")
+    assert texts_of(odd) == [odd.read_text()]
+
+
+def test_names_are_taken_apart():
+    got = TextSource.parse("stream:allenai/c4:en#validation@body")
+    assert (got.name, got.config, got.split, got.column, got.stream) == (
+        "allenai/c4", "en", "validation", "body", True,
+    )  # fmt: skip
+    got = TextSource.parse("wikitext:wikitext-2-raw-v1")
+    assert (got.name, got.config, got.split, got.column) == (
+        "wikitext", "wikitext-2-raw-v1", None, "text",
+    )  # fmt: skip
+
+
+def test_a_stream_is_read_only_as_far_as_needed(tmp_path, tokenizer):
+    read = []
+
+    def endless():
+        while True:
+            read.append(None)
+            yield f"Document {len(read)} says hello to the world. " * 10
+
+    windows = cut_windows(Streamed(endless()), "x", tokenizer, 32, 50, seed=1)
+    assert windows.tokens.shape == (50, 32)
+    assert len(read) < 1100
+    again = cut_windows(Streamed(f"Document {i} says hello to the world. " * 10 for i in
+        range(1, 2000)), "x", tokenizer, 32, 50, seed=1)  # fmt: skip
+    assert torch.equal(again.tokens, windows.tokens)
+    with pytest.raises(InvalidInput, match="may have no end"):
+        cut_windows(Streamed(endless()), "x", tokenizer, 32)
+    source = write(tmp_path / "t.jsonl")
+    assert sorted(texts_of(f"stream:{source}")) == sorted(DOCUMENTS)
+
+
+def test_a_token_cache_saves_the_cutting(tmp_path, tokenizer, monkeypatch):
+    source, cache = write(tmp_path / "text.jsonl"), tmp_path / "cache"
+    read = functools.partial(read_windows, source, "calibration", tokenizer, 32, cache=cache)
+    one = read(8, seed=3)
+    assert len(list(cache.iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("mipprune.calibration.cut_windows", None)
+        same = read(8, seed=3)
+    assert same.digest == one.digest
+    assert (same.source, same.origin) == (one.source, one.origin)
+    assert one.origin.keys() == {"tokenizer_sha256", "seed", "text_sha256"}
+    read(8, seed=4)
+    read(9, seed=3)
+    assert len(list(cache.iterdir())) == 3
+    write(tmp_path / "text.jsonl", [*DOCUMENTS, "One more. " * 30])
+    assert read(8, seed=3).origin["text_sha256"] != one.origin["text_sha256"]
+    assert len(list(cache.iterdir())) == 4
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["jumps over"])
+    read_windows(source, "calibration", other, 32, 8, 3, cache=cache)
+    assert len(list(cache.iterdir())) == 5
+    plain = read_windows(source, "calibration", tokenizer, 32, 8, 3)
+    assert plain.tokens.shape == one.tokens.shape
+
+
+def test_a_token_file_is_a_source(tmp_path, tokenizer):
+    file = tmp_path / "tokens.safetensors"
+    made = read_windows(write(tmp_path / "t.txt"), "calibration", tokenizer, 32, 8, 3)
+    made.save(file)
+    read = functools.partial(read_windows, str(file), "calibration", tokenizer)
+    assert read(32).digest == made.digest
+    assert torch.equal(read(32, 5).tokens, made.tokens[:5])
+    with pytest.raises(InvalidInput, match="windows of 32 tokens, not 16"):
+        read(16)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["jumps over"])
+    with pytest.raises(InvalidInput, match="another tokenizer"):
+        read_windows(str(file), "calibration", other, 32)
+    with pytest.raises(InvalidInput, match="no token file at"):
+        read_windows(str(tmp_path / "no.safetensors"), "calibration", tokenizer, 32)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InvalidInput, match="damaged"):
+        read(32)
+    file.write_bytes(content[:50])
+    with pytest.raises(InvalidInput, match="cannot be read as a token file"):
+        read(32)
+    from safetensors.torch import save_file
+
+    save_file({"tokens": torch.zeros(2, 2)}, file)
+    with pytest.raises(InvalidInput, match="is no token file"):
+        read(32)
+
+
+def test_tokens_that_the_model_does_not_embed_are_refused():
+    model = tiny_model("llama")
+    check_tokens(model, Windows(torch.tensor([[95, 3]]), "x"))
+    with pytest.raises(InvalidInput, match="gives token 96, but the model embeds only 96"):
+        check_tokens(model, Windows(torch.tensor([[3, 96]]), "x"))

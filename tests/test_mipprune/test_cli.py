@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def test_prune_then_evaluate(run, tmp_path):
         assert code == 0
     first, second = (json.loads((tmp_path / name).read_text()) for name in "ab")
     assert first == second
-    assert f"perplexity {first['perplexity']:.4f}" in printed
+    assert f"{first['perplexity']:.4f}" in printed
+    assert "4 windows of 64 tokens, not overlapping" in printed
     assert first["predicted_tokens"] == 4 * 63
 
 
@@ -65,6 +67,117 @@ def test_patterns(run, tmp_path, arguments, counts):
     assert all(counts(mask) for mask in mipprune.load_masks(out).values())
     record = json.loads((out / "mipprune.json").read_text())
     assert record["settings"]["solver_options"] == {"max_passes": 3}
+
+
+RECIPE = """
+model: embedded
+sparsity: 0.5
+rule: {"*.down_proj": 2:4}
+ignore: ["*.k_proj"]
+option: {max_passes: 2}
+samples: 4
+seqlen: 64
+batch-size: 2
+"""
+
+
+def test_a_recipe_equals_the_command_line(run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    arguments = ["--sparsity", "0.5", "--rule", "*.down_proj=2:4", "--ignore", "*.k_proj"]
+    arguments += ["-O", "max_passes=2", "--batch-size", "2", *FAST]
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    recipe = ["prune", "--config", tmp_path / "recipe.yaml"]
+    code, printed, _ = run(*recipe, "--out", one, "--log", tmp_path / "log")
+    assert code == 0
+    assert "batch-size: 2" in printed
+    assert run("prune", "embedded", "--out", two, *arguments, "--quiet")[:2] == (0, "")
+    # what was saved with the result is a recipe, and the command line wins over it
+    code, printed, errors = run(
+        "prune", "--config", one / "recipe.yaml", "--out", three, "--seed", "1", "--verbose"
+    )
+    assert code == 0
+    assert "model.layers.0.mlp.down_proj [256 x 704] 50.0% removed" in errors
+    records = [json.loads((out / "mipprune.json").read_text()) for out in (one, two, three)]
+    assert records[0]["mask_hash"] == records[1]["mask_hash"] != records[2]["mask_hash"]
+    assert {key for key in records[0]["recipe"] if key not in ("config", "verbose")} == {
+        "model", "out", "sparsity", "scope", "solver", "option", "samples", "seqlen", "grams",
+        "batch_size", "device", "dtype", "seed", "rule", "ignore",
+    }  # fmt: skip
+    assert records[0]["settings"] == records[1]["settings"]
+    differing = {k: v for k, v in records[2]["settings"].items() if v != records[0]["settings"][k]}
+    assert differing == {"seed": 1}
+    assert not any("k_proj" in name for name in mipprune.load_masks(one))
+    events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "recipe"
+    assert kinds[-1] == "end"
+    assert kinds.count("layer") == 36
+    assert events[-1]["mask_hash"] == records[0]["mask_hash"]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(events))
+
+
+def test_recipes_that_say_nonsense_are_refused(run, tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    for text, message in [
+        ("model: embedded\nsparsty: 0.5", "no option 'sparsty'"),
+        ("model: embedded\nconfig: x", "no option 'config'"),
+        ("model: embedded\nsparsity: much", "Invalid value for '--sparsity'"),
+        ("model: embedded\nsparsity: 0.5\nrule: {'*.fc1': 0.6}", "No layer is named '*.fc1'"),
+        ("sparsity: 0.5", "Missing argument"),
+        ("model: [", "is not YAML"),
+    ]:
+        recipe.write_text(text)
+        code, _, errors = run("prune", "--config", recipe, "--out", out)
+        assert code == 2
+        assert message in errors
+    assert not out.exists()
+
+
+def test_a_failed_run_says_so_in_its_log(run, tmp_path):
+    arguments = ["prune", "embedded", "--sparsity", "0.5", "--out", tmp_path / "out"]
+    log = tmp_path / "log"
+    code, _, _ = run(*arguments, "--calibration", "no.txt", "--log", log)
+    assert code == 2
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert (last["event"], last["kind"]) == ("error", "InvalidInput")
+    code, _, errors = run(*arguments, "--log", tmp_path / "no" / "log")
+    assert code == 2
+    assert "cannot be written" in errors
+
+
+def test_evaluate_against_the_dense_model_and_report(run, tmp_path):
+    out = tmp_path / "out"
+    assert run("prune", "embedded", "--pattern", "2:4", "--solver", "wanda", "--out", out, "-q",
+               *FAST)[0] == 0  # fmt: skip
+    evaluate = ["evaluate", out, "--against", "embedded", *FAST, "--json", tmp_path / "json"]
+    code, printed, _ = run(*evaluate, "--stride", "16", "--save")
+    assert code == 0
+    assert "same top token" in printed
+    record = json.loads((tmp_path / "json").read_text())
+    # 4 windows of 64 tokens are 256 tokens of text, every one but the first predicted once
+    assert record["predicted_tokens"] == 255
+    assert record["against"]["kl"]["mean"] > 0
+    assert 0.3 < record["against"]["agreement"]["mean"] < 1
+    assert record["perplexity"] > record["against"]["perplexity"] > 1
+    assert f"{record['perplexity']:.3f}" in (out / "README.md").read_text()
+    code, printed, _ = run("report", out)
+    assert code == 0
+    assert f"{record['perplexity']:.3f}" in (out / "report.html").read_text()
+    code, _, errors = run("evaluate", "embedded", *FAST, "--save")
+    assert code == 2
+    assert "no mipprune.json in embedded" in errors
+
+
+def test_tokens_are_a_calibration_text(run, tmp_path):
+    file, one, two = tmp_path / "t.safetensors", tmp_path / "one", tmp_path / "two"
+    assert run("tokens", "embedded", "--out", file, *FAST)[0] == 0
+    prune = ["prune", "embedded", "--pattern", "2:4", "--solver", "wanda", *FAST]
+    assert run(*prune, "--out", one, "--token-cache", tmp_path / "cache")[0] == 0
+    assert run(*prune, "--out", two, "--calibration", file)[0] == 0
+    records = [json.loads((out / "mipprune.json").read_text()) for out in (one, two)]
+    assert records[0]["mask_hash"] == records[1]["mask_hash"]
+    assert records[0]["calibration"]["sha256"] == records[1]["calibration"]["sha256"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_problem_writes_a_layer(run, tmp_path):
@@ -133,6 +246,12 @@ PRUNE = ["prune", "embedded", "--out", "OUT"]
         (["prune", "embedded", "--out", ".", "--sparsity", "0.5"], "exists already"),
         (["evaluate", "./no-model"], "no model folder"),
         (["evaluate", "embedded", "--text", "no.txt"], "no text file"),
+        (["time-2to4", ".", "--batches", "0,a"], "positive numbers"),
+        (["report", "."], "no mipprune.json"),
+        (["tokens", "embedded", "--out", "OUT"], "end in .safetensors"),
+        ([*PRUNE, "--sparsity", "0.5", "--rule", "*=half"], "neither a sparsity"),
+        ([*PRUNE, "--sparsity", "0.5", "--start", "./none"], "neither a solver nor the folder"),
+        ([*PRUNE, "--sparsity", "0.5", "-q", "-v"], "not both"),
         (["problem", "embedded", "magic", "--out", "OUT"], "no prunable layer 'magic'"),
     ],
 )

@@ -1,0 +1,307 @@
+"""A run's record made readable: the model card and the report, written beside the record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from solvers import InvalidInput
+from solvers.files import replaced_on_success
+
+from .checkpoint import MASKS_FILE, RECORD_FILE, write_json
+from .rules import Rules
+
+if TYPE_CHECKING:
+    from .calibration import Windows
+    from .evaluate import Perplexity, SideBySide
+
+CARD_FILE = "README.md"
+REPORT_FILE = "report.html"
+RECIPE_FILE = "recipe.yaml"
+TIMINGS_FILE = "timings.json"
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record of a pruned model's folder.
+
+    Raises
+    ------
+    InvalidInput
+        If there is none.
+    """
+    path = Path(folder) / RECORD_FILE
+    if not path.is_file():
+        raise InvalidInput(
+            f"There is no {RECORD_FILE} in {folder}; it is no pruned model's folder."
+        )
+    record: dict[str, Any] = _json(path)
+    if not isinstance(record, dict) or not {"settings", "layers"} <= record.keys():
+        raise InvalidInput(f"{path} is not the record of a run.")
+    return record
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidInput(f"{path} is not JSON ({error}).") from error
+
+
+def write_results(folder: Path, record: dict[str, Any]) -> None:
+    """Write a record's card and recipe into its folder, and its report if there is one already.
+
+    Card and recipe hold no times, so that they are the same for equal runs; the report does.
+    """
+    from .recipe import recipe_text
+
+    texts = {CARD_FILE: model_card(record)}
+    if record.get("recipe"):
+        texts[RECIPE_FILE] = recipe_text(record["recipe"])
+    for name, text in texts.items():
+        with replaced_on_success(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    if (folder / REPORT_FILE).exists():
+        write_report(folder, record)
+
+
+def write_report(folder: Path, record: dict[str, Any]) -> None:
+    """Write a record's HTML report into its folder, with times from `TIMINGS_FILE` if there."""
+    from .html_report import html_report
+
+    timings = folder / TIMINGS_FILE
+    times = _json(timings) if timings.is_file() else {}
+    with replaced_on_success(folder / REPORT_FILE) as temporary:
+        temporary.write_text(html_report(record, times), encoding="utf-8")
+
+
+def add_evaluation(folder: str | Path, evaluation: dict[str, Any]) -> None:
+    """Put an evaluation into a folder's record, in place of an earlier one of the same kind."""
+    folder = Path(folder)
+    record = read_record(folder)
+    kept = [one for one in record.get("evaluations", []) if _kind(one) != _kind(evaluation)]
+    record["evaluations"] = [*kept, evaluation]
+    write_json(folder / RECORD_FILE, record)
+    write_results(folder, record)
+
+
+def _kind(evaluation: dict[str, Any]) -> tuple[Any, ...]:
+    against = evaluation.get("against") or {}
+    tasks = evaluation.get("tasks") or {}
+    return (
+        *(evaluation.get(key) for key in ("text_sha256", "length", "stride")),
+        against.get("model"),
+        tuple(tasks.get("tasks", {})),
+    )
+
+
+def evaluation_record(
+    model: str, windows: Windows, result: Perplexity | SideBySide, against: str | None = None
+) -> dict[str, Any]:
+    """An evaluation as it stands in the record, JSON-ready.
+
+    Parameters
+    ----------
+    model, against
+        Names of the models.
+    windows
+        What they were evaluated on.
+    result
+        Of one model, or of the model beside ``against``.
+    """
+    from .evaluate import Perplexity
+
+    own = result if isinstance(result, Perplexity) else result.pruned
+    record = {
+        "model": model,
+        "text": windows.source,
+        "text_sha256": windows.digest,
+        "method": own.method,
+        **asdict(own),
+    }
+    if not isinstance(result, Perplexity):
+        record["against"] = {
+            "model": against,
+            "perplexity": result.dense.perplexity,
+            "nll": asdict(result.dense.nll),
+            "nll_increase": asdict(result.nll_increase),
+            "kl": asdict(result.kl),
+            "agreement": asdict(result.agreement),
+        }
+    return record
+
+
+@dataclass(frozen=True)
+class LayerSum:
+    """Layers of a record summed up; see `LayerResult` for the fields of one.
+
+    Attributes
+    ----------
+    layers, weights
+        How many.
+    sparsity
+        Share of the weights removed.
+    loss, loss_start, loss_reference
+        Sums; the start's is None unless every layer has one.
+    relative_error
+        Summed loss over summed output energy.
+    gap
+        Summed certified loss minus bound, over that loss; None if no layer is certified.
+    """
+
+    layers: int
+    weights: int
+    sparsity: float
+    loss: float
+    loss_start: float | None
+    loss_reference: float
+    relative_error: float
+    gap: float | None
+
+
+def summed(layers: Sequence[dict[str, Any]]) -> LayerSum:
+    """Sum over layers of a record."""
+    sizes = [layer["rows"] * layer["inputs"] for layer in layers]
+    removed = sum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True))
+    loss = sum(layer["loss"] for layer in layers)
+    starts = [layer["loss_start"] for layer in layers if layer["loss_start"] is not None]
+    errors = [layer["relative_error"] for layer in layers]
+    energy = sum(
+        layer["loss"] / error for layer, error in zip(layers, errors, strict=True) if error
+    )
+    certified = [layer["certificate"] for layer in layers if layer.get("certificate")]
+    proven = sum(one["loss"] for one in certified)
+    return LayerSum(
+        layers=len(layers),
+        weights=sum(sizes),
+        sparsity=removed / sum(sizes),
+        loss=loss,
+        loss_start=sum(starts) if len(starts) == len(layers) else None,
+        loss_reference=sum(layer["loss_reference"] for layer in layers),
+        relative_error=loss / energy if energy else 0.0,
+        gap=(proven - sum(one["bound"] for one in certified)) / proven if proven else None,
+    )
+
+
+def by_kind(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The record's layers by their name after the block's number, experts together."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for layer in record["layers"]:
+        kinds.setdefault(place(record, layer["name"])[1], []).append(layer)
+    return kinds
+
+
+def place(record: dict[str, Any], name: str) -> tuple[str, str]:
+    """Number of a layer's block, and its kind: the rest of the name, numbers as ``*``."""
+    block, _, rest = name.removeprefix(f"{record['settings']['blocks']}.").partition(".")
+    return block, re.sub(r"(?<=\.)\d+(?=\.|$)|(?<=\[)\d+(?=\])", "*", rest)
+
+
+def pattern_text(record: dict[str, Any]) -> str:
+    """The patterns of a run, for people."""
+    rules = Rules.of_settings(record["settings"])
+    others = len(rules.rules) + len(rules.ignore) + len(rules.only)
+    return f"{rules.default}" + (", with rules by layer" if others else "")
+
+
+_GAP = (
+    " Gap: no mask of the pattern has a loss lower than this one's by more than this share, on the "
+    "rows that were certified."
+)
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """The card of a pruned model, in Markdown with the hub's front matter."""
+    settings = record["settings"]
+    model = settings.get("model")
+    head = ["---", "library_name: transformers", "tags:", "- pruning", "- sparsity"]
+    if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        head.append(f"base_model: {model}")
+    start = f" from {settings['start']}" if settings.get("start") else ""
+    everything = summed(record["layers"])
+    share = record["coverage"]["share"]
+    parts = [
+        "\n".join([*head, "---"]),
+        f"# {model or 'A language model'}, pruned",
+        f"{record['sparsity']:.1%} of the weights in the blocks' linear layers are zero "
+        f"({pattern_text(record)}; {share:.0%} of the blocks' weights are in such layers). "
+        f"The masks were chosen by mipprune with the solver `{settings['solver']}`{start} on "
+        f"{record['calibration']['windows']} windows of {record['calibration']['length']} tokens "
+        f"of {record['calibration']['source']}.",
+        _evaluation_table(record.get("evaluations", [])),
+        "## Layers",
+        "Loss: squared change of a layer's output per token on the calibration text."
+        + (_GAP if everything.gap is not None else ""),
+        _layer_table({**by_kind(record), "all": record["layers"]}, everything.gap is not None),
+        "## Use",
+        "Weights are stored dense, with zeros: the model loads like any other, and is neither "
+        "smaller nor faster by itself.",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")\n```',
+        f"`{MASKS_FILE}` holds the masks, one bit per weight (`mipprune.load_masks`; "
+        f"`mipprune.keep_zeros` holds them through fine-tuning), `{RECORD_FILE}` the record of the "
+        f"run with all versions and hashes; `mipprune report` shows it to people. "
+        f"Hash of the masks: `{record['mask_hash']}`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _layer_table(kinds: dict[str, list[dict[str, Any]]], certified: bool) -> str:
+    rows = [
+        ["layer", "weights removed", "loss", "/ wanda", "/ output"] + ["gap"] * certified,
+        ["---"] + ["---:"] * (4 + certified),
+    ]
+    for kind, layers in kinds.items():
+        total = summed(layers)
+        ratio = f"{total.loss / total.loss_reference:.3f}" if total.loss_reference else "–"
+        cells = [kind, f"{total.sparsity:.1%}", f"{total.loss:.4g}", ratio]
+        cells.append(f"{total.relative_error:.2%}")
+        if certified:
+            cells.append("–" if total.gap is None else f"{total.gap:.2%}")
+        rows.append(cells)
+    return _markdown(rows)
+
+
+def _evaluation_table(evaluations: Sequence[dict[str, Any]]) -> str:
+    rows = [["measure", "on", "dense", "pruned"], ["---", "---", "---:", "---:"]]
+    for one in evaluations:
+        against = one.get("against") or {}
+        if "perplexity" in one:
+            where = f"{one['text']}, {one['method']}"
+            dense = f"{against['perplexity']:.3f}" if against else "–"
+            rows.append(["perplexity", where, dense, f"{one['perplexity']:.3f}"])
+            if against:
+                rows.append(["KL(dense ‖ pruned), nats", where, "", with_error(against["kl"], 4)])
+                agreement = with_error(against["agreement"], 2, percent=True)
+                rows.append(["same top token", where, "", agreement])
+        dense_tasks = (against.get("tasks") or {}).get("tasks", {})
+        for task, result in (one.get("tasks") or {}).get("tasks", {}).items():
+            for metric, value in result["metrics"].items():
+                if metric.endswith("_stderr"):
+                    continue
+                dense = dense_tasks.get(task, {}).get("metrics", {}).get(metric)
+                where = f"{task}, {result['shots']} shots"
+                rows.append(
+                    [metric, where, "–" if dense is None else f"{dense:.4f}", f"{value:.4f}"]
+                )
+    return _markdown(rows) if len(rows) > 2 else ""
+
+
+def with_error(estimate: dict[str, Any], digits: int, percent: bool = False) -> str:
+    """An `Estimate` as it is stored, with its standard error."""
+    scale, unit = (100, " %") if percent else (1, "")
+    error = estimate["standard_error"]
+    margin = "" if error is None else f" ± {scale * error:.{digits}f}"
+    return f"{scale * estimate['mean']:.{digits}f}{margin}{unit}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
