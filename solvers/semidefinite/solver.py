@@ -15,14 +15,14 @@ from ..errors import InvalidInput
 from ..pattern import CellPattern
 from ..problem import MaskProblem
 from ..registry import register
-from ..solution import Status, TracePoint, shared_out
+from ..solution import MaskSolution, Status, TracePoint, shared_out
 from ..solver import Callback, Clock, Outcome, Progress, Solver
 from ..swap import Swap
 from .ascent import Bounded, Effort, ascend, strengthen
 from .cuts import Array
 from .layer import bound_row, fitted_price, shares, threads
 from .program import BinaryProgram, independent_parts
-from .wide import Batch, strengthen_batch
+from .wide import strengthen_batch
 from .witness import Witness, certificate
 
 _DECOMPOSED_FROM = 400
@@ -30,6 +30,8 @@ _DECOMPOSED_FROM = 400
 
 _PILOT = 8
 """Rows that the price is fitted to."""
+
+_LEAST_GAIN = 0.02
 
 _DEEPEN_SECONDS = 15.0
 """Least time per row, at 1000 inputs, in which a few rounds by eigenvalues can be made."""
@@ -108,15 +110,36 @@ class Semidefinite(Solver):
         large = problem.weight.numel() >= _DECOMPOSED_FROM
         if problem.pattern.coupled and (large if self.decompose is None else self.decompose):
             return self._search_decomposed(problem, start, clock, callback)
-        parts = independent_parts(problem)
         best = Swap().solve(problem, start=start)
-        mask, objective = best.mask.clone(), best.objective.clone()
-        bound = torch.zeros_like(objective)
-        workers = threads(problem)
+        rows = _RowResults(problem, best.mask.clone(), best.objective.clone(), clock, callback)
+        if problem.shape[1] >= self.wide_from and not problem.pattern.coupled:
+            self._bound_batches(rows, seed)
+        else:
+            self._bound_parts(rows)
+        gap = rows.objective - rows.bound
+        closed = bool((gap <= self.rel_gap * rows.objective.abs() + 1e-300).all())
+        status = Status.OPTIMAL if closed else Status.FEASIBLE
+        end = TracePoint(clock.seconds, float(rows.objective.sum()), float(rows.bound.sum()))
+        return Outcome(
+            mask=rows.mask,
+            status=Status.TIME_LIMIT if clock.expired and not closed else status,
+            bound=rows.bound,
+            stats={
+                "rounds": sum(one.rounds for one in rows.found),
+                "evaluations": sum(one.evaluations for one in rows.found),
+                "cuts": sum(len(one.witness.multipliers.cuts) for one in rows.found),
+            },
+            trace=[*rows.trace[:-1], end],
+            certificates=rows.certificates,
+        )
+
+    def _bound_parts(self, rows: _RowResults) -> None:
+        """Rows (or a small layer) by eigenvalues, several at a time."""
+        problem, clock = rows.problem, rows.clock
+        parts, workers = independent_parts(problem), threads(problem)
 
         def bounded(at: int) -> tuple[BinaryProgram, Incumbent, Bounded]:
-            rows = parts[at]
-            incumbent = Incumbent(problem.rows(rows), mask[rows], objective[rows])
+            incumbent = rows.incumbent(parts[at])
             program = BinaryProgram.of(incumbent.problem)
             turns = -(-(len(parts) - at) // workers)
             result = strengthen(
@@ -125,7 +148,7 @@ class Semidefinite(Solver):
                 Effort(
                     max_rounds=self.rounds,
                     seconds=min(self.row_seconds, clock.remaining / turns),
-                    least_gain=0.02,
+                    least_gain=_LEAST_GAIN,
                     triangles_above=self.triangles_above,
                 ),
                 rel_gap=self.rel_gap,
@@ -133,73 +156,37 @@ class Semidefinite(Solver):
             )
             return program, incumbent, result
 
-        found: list[Bounded] = []
-        certificates: list[Certificate] = []
-        trace = [TracePoint(clock.seconds, float(objective.sum()))]
+        with ThreadPoolExecutor(workers) as pool:
+            for part, answer in zip(parts, pool.map(bounded, range(len(parts))), strict=True):
+                rows.finish(part, *answer)
 
-        def finish(
-            rows: list[int], program: BinaryProgram, result: Bounded, better: Tensor
-        ) -> None:
-            bound[rows] = better
-            found.append(result)
-            if not problem.pattern.coupled:
-                kept = mask[rows[0]].cpu().numpy()
-                certificates.append(certificate(rows[0], kept, program, result.witness))
-            trace.append(TracePoint(clock.seconds, float(objective.sum())))
-            if callback is not None:
-                callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
-
-        if self.wide_from <= problem.shape[1] and not problem.pattern.coupled:
-            for at in range(0, len(mask), self.batch):
-                rows = list(range(at, min(at + self.batch, len(mask))))
-                part = problem.rows(rows)
-                share = clock.remaining * len(rows) / (len(mask) - at)
-                seconds = min(self.row_seconds * len(rows), share)
-                until = clock.seconds + seconds
-                batch = strengthen_batch(
-                    part,
-                    ~mask[rows],
-                    objective[rows],
-                    rel_gap=self.rel_gap,
-                    max_rounds=self.rounds,
-                    seconds=seconds,
-                    least_gain=0.02,
-                    seed=seed,
-                )
-                rounded = Swap().solve(part, start=problem.pattern.round(1 - batch.relaxed))
-                mask[rows] = rounded.mask.where(
-                    (rounded.objective < objective[rows])[:, None], mask[rows]
-                )
-                objective[rows] = torch.minimum(rounded.objective, objective[rows])
-                for place, row in enumerate(rows):
-                    incumbent = Incumbent(problem.rows([row]), mask[[row]], objective[[row]])
-                    program = BinaryProgram.of(incumbent.problem)
-                    share = (until - clock.seconds) / (len(rows) - place)
-                    result = self._deepened(program, incumbent, batch, place, share)
-                    mask[row], objective[row] = incumbent.mask[0], incumbent.objective[0]
-                    finish([row], program, result, incumbent.spread(result.bound))
-        else:
-            with ThreadPoolExecutor(workers) as pool:
-                for rows, answer in zip(parts, pool.map(bounded, range(len(parts))), strict=True):
-                    program, incumbent, result = answer
-                    mask[rows], objective[rows] = incumbent.mask, incumbent.objective
-                    finish(rows, program, result, incumbent.spread(result.bound))
-        trace[-1] = TracePoint(clock.seconds, float(objective.sum()), float(bound.sum()))
-        gap = objective - bound
-        closed = bool((gap <= self.rel_gap * objective.abs() + 1e-300).all())
-        status = Status.OPTIMAL if closed else Status.FEASIBLE
-        return Outcome(
-            mask=mask,
-            status=Status.TIME_LIMIT if clock.expired and not closed else status,
-            bound=bound,
-            stats={
-                "rounds": sum(one.rounds for one in found),
-                "evaluations": sum(one.evaluations for one in found),
-                "cuts": sum(len(one.witness.multipliers.cuts) for one in found),
-            },
-            trace=trace,
-            certificates=certificates,
-        )
+    def _bound_batches(self, rows: _RowResults, seed: int) -> None:
+        """Wide rows, side by side; each may then be deepened alone."""
+        count, clock = len(rows.mask), rows.clock
+        for at in range(0, count, self.batch):
+            part = list(range(at, min(at + self.batch, count)))
+            incumbent = rows.incumbent(part)
+            share = clock.remaining * len(part) / (count - at)
+            seconds = min(self.row_seconds * len(part), share)
+            until = clock.seconds + seconds
+            batch = strengthen_batch(
+                incumbent.problem,
+                ~incumbent.mask,
+                incumbent.objective,
+                rel_gap=self.rel_gap,
+                max_rounds=self.rounds,
+                seconds=seconds,
+                least_gain=_LEAST_GAIN,
+                seed=seed,
+            )
+            rounded = rows.problem.pattern.round(1 - batch.relaxed)
+            rows.improve(part, Swap().solve(incumbent.problem, start=rounded))
+            for place, row in enumerate(part):
+                incumbent = rows.incumbent([row])
+                program = BinaryProgram.of(incumbent.problem)
+                share = (until - clock.seconds) / (len(part) - place)
+                deeper = self._deepened(program, incumbent, batch.bounded[place], share)
+                rows.finish([row], program, incumbent, deeper)
 
     def _search_decomposed(
         self, problem: MaskProblem, start: Tensor, clock: Clock, callback: Callback | None
@@ -222,7 +209,7 @@ class Semidefinite(Solver):
             effort = Effort(
                 max_rounds=self.rounds,
                 seconds=min(self.row_seconds, clock.remaining / turns),
-                least_gain=0.02,
+                least_gain=_LEAST_GAIN,
                 triangles_above=self.triangles_above,
             )
             return bound_row(problem, best.mask, row, price, mean, self.rel_gap, effort)
@@ -262,15 +249,13 @@ class Semidefinite(Solver):
         self,
         program: BinaryProgram,
         incumbent: Incumbent,
-        batch: Batch,
-        place: int,
+        found: Bounded,
         seconds: float,
     ) -> Bounded:
         """A row's bound after more work by eigenvalues, with triangles, where time is left for it.
 
         The low-rank search ends at the pairwise cuts, a little relaxed.
         """
-        found = batch.bounded[place]
         gap = incumbent.total - found.bound
         enough = seconds > _DEEPEN_SECONDS * (program.inputs / 1000) ** 2
         if program.size == 0 or not enough or gap <= self.triangles_above * abs(incumbent.total):
@@ -282,7 +267,7 @@ class Semidefinite(Solver):
             Effort(
                 max_rounds=self.rounds,
                 seconds=seconds,
-                least_gain=0.02,
+                least_gain=_LEAST_GAIN,
                 triangles_above=self.triangles_above,
             ),
             rel_gap=self.rel_gap,
@@ -292,6 +277,57 @@ class Semidefinite(Solver):
         witness = Witness.of(program, deeper.witness.multipliers.scaled(size))
         deeper = replace(deeper, bound=witness.bound(program), witness=witness)
         return deeper if deeper.bound > found.bound else found
+
+
+class _RowResults:
+    """What a search knows of its rows so far.
+
+    Attributes
+    ----------
+    mask, objective, bound
+        Bool ``[rows, d]``, float64 ``[rows]``, float64 ``[rows]``.
+    found, certificates, trace
+        In the order in which rows were finished.
+    """
+
+    def __init__(
+        self,
+        problem: MaskProblem,
+        mask: Tensor,
+        objective: Tensor,
+        clock: Clock,
+        callback: Callback | None,
+    ) -> None:
+        self.problem, self.mask, self.objective = problem, mask, objective
+        self.clock, self._callback = clock, callback
+        self.bound = torch.zeros_like(objective)
+        self.found: list[Bounded] = []
+        self.certificates: list[Certificate] = []
+        self.trace = [TracePoint(clock.seconds, float(objective.sum()))]
+
+    def incumbent(self, rows: list[int]) -> Incumbent:
+        """The best masks of some rows."""
+        return Incumbent(self.problem.rows(rows), self.mask[rows], self.objective[rows])
+
+    def improve(self, rows: list[int], solution: MaskSolution) -> None:
+        """Take over the rows' masks that are better."""
+        better = solution.objective < self.objective[rows]
+        self.mask[rows] = solution.mask.where(better[:, None], self.mask[rows])
+        self.objective[rows] = torch.minimum(solution.objective, self.objective[rows])
+
+    def finish(
+        self, rows: list[int], program: BinaryProgram, incumbent: Incumbent, result: Bounded
+    ) -> None:
+        """Rows that were bounded together are done."""
+        self.mask[rows], self.objective[rows] = incumbent.mask, incumbent.objective
+        self.bound[rows] = incumbent.spread(result.bound)
+        self.found.append(result)
+        if not self.problem.pattern.coupled:
+            kept = incumbent.mask[0].cpu().numpy()
+            self.certificates.append(certificate(rows[0], kept, program, result.witness))
+        self.trace.append(TracePoint(self.clock.seconds, float(self.objective.sum())))
+        if self._callback is not None:
+            self._callback(Progress(rows[-1] + 1, len(self.mask), self.clock.seconds))
 
 
 class Incumbent:
