@@ -85,7 +85,8 @@ class Tabu(Solver):
         trace.append(TracePoint(clock.seconds, float(first.objective.sum())))
         rows = _Rows(self, problem.to("cpu"), first.mask.cpu(), seed)
         loss = rows.search(clock, callback)
-        trace += [TracePoint(time, value) for time, value in loss if value <= trace[-1].objective]
+        for time, value in loss:  # summed otherwise than by the problem, so equal but for rounding
+            trace.append(TracePoint(time, min(value, trace[-1].objective)))
         mask = rows.best(problem.device)
         last = None if clock.expired else Swap().solve(problem, start=mask, time_limit=_left(clock))
         if last is not None:
