@@ -53,6 +53,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "swap, shrink 0.5 + gain": {"solver": "swap", "layer_step": LayerStep(HALF, update="gain")},
     "sparsegpt": {"solver": "sparsegpt", "layer_step": LayerStep(update="sparsegpt")},
     "alps": {"solver": "alps", "layer_step": LayerStep(update="least_squares")},
+    "joint": {"solver": "joint", "layer_step": LayerStep(update="least_squares")},
+    "joint, shrink 0.1": {
+        "solver": "joint",
+        "layer_step": LayerStep(Surrogate(shrink=0.1), update="least_squares"),
+    },
     "wanda + least squares": {"solver": "wanda", "layer_step": LayerStep(update="least_squares")},
     "swap + least squares": {"solver": "swap", "layer_step": LayerStep(update="least_squares")},
     "swap, shrink 0.5 + least squares": {

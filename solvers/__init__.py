@@ -13,6 +13,7 @@ from .dsnot import DSnoT
 from .errors import InvalidInput
 from .frank_wolfe import FrankWolfe
 from .hull import Domain, HullSolution, minimize
+from .joint import Joint
 from .linear import Linear
 from .pattern import (
     NM,
@@ -55,6 +56,7 @@ __all__ = [
     "FrankWolfe",
     "HullSolution",
     "InvalidInput",
+    "Joint",
     "LeastSquares",
     "Linear",
     "Magnitude",

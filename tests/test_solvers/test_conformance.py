@@ -32,6 +32,7 @@ QUICK = {
 }
 """Options that end exact searches soon, and always at the same place, on the larger problems."""
 SHORT = {
+    "joint": {"initial": "wanda", "max_swaps": 4},
     "best_of": {"members": ["ria", "swap"]},
     "restarts": {"restarts": 2},
     "sparsefw": {"iterations": 20},
