@@ -5,7 +5,7 @@ of the masks, of the weights as written, the same on text that no mask was chose
 and KL divergence to the dense model, and time.
 
     python benchmarks/study.py                       # 60 % per row and 2:4, three seeds
-    python benchmarks/study.py --patterns 0.6 --methods wanda,swap --seeds 1
+    python benchmarks/study.py --patterns 0.6 --methods "wanda;swap" --resume
 """
 
 from __future__ import annotations
@@ -207,6 +207,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--samples", type=int, default=128, help="calibration windows")
     options.add_argument("--evaluate", type=int, default=128, help="evaluation windows")
+    options.add_argument("--resume", action="store_true", help="keep what a run before measured")
     options.add_argument("--name", default="study", help="of the result files")
     arguments = options.parse_args()
     tokenizer = mipprune.load_model("embedded", torch.device("cpu")).tokenizer
@@ -219,25 +220,36 @@ def main() -> None:
     yard = Yardstick(evaluation, Windows(evaluation.tokens[:64], evaluation.source))
     print(f"dense: perplexity {yard.perplexity:.3f}")
     methods = arguments.methods.split(";") if arguments.methods else list(METHODS)
-    record: dict[str, Any] = {
+    settings = {
         "model": "embedded",
         "dense_perplexity": yard.perplexity,
         "seeds": arguments.seeds,
         "samples": arguments.samples,
         "evaluation_windows": len(evaluation.tokens),
-        "patterns": {},
     }
+    record: dict[str, Any] = {**settings, "patterns": {}}
+    before = arguments.out / f"{arguments.name}.json"
+    if arguments.resume and before.is_file():
+        record = json.loads(before.read_text())
+        if any(record[key] != value for key, value in settings.items()):
+            raise SystemExit(f"{before} was measured with other settings; choose another --name.")
+        del record["machine"]
     for text in arguments.patterns.split(","):
-        pattern, results = parse(text), dict[str, Any]()
+        pattern = parse(text)
+        results = record["patterns"].setdefault(str(pattern), {})
         for name in methods:
+            if name in results:
+                continue
             runs = []
             for seed in range(arguments.seeds):
                 calibration = windows("calibration", arguments.samples, seed)
                 runs.append(run(METHODS[name], pattern, calibration, yard))
             results[name] = {"summary": summary(runs), "runs": runs}
             print(f"{pattern}, {name}: {json.dumps(results[name]['summary'])}", flush=True)
-        record["patterns"][str(pattern)] = results
-        print(table(str(pattern), yard.perplexity, results))
+            write(arguments.out, arguments.name, record)
+        in_order = {name: results[name] for name in METHODS if name in results}
+        record["patterns"][str(pattern)] = in_order
+        print(table(str(pattern), yard.perplexity, in_order))
     write(arguments.out, arguments.name, record)
     plot(record, arguments.out / f"{arguments.name}.png")
 

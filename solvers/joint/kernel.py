@@ -71,8 +71,9 @@ def improve_row(
 ) -> int:
     """Swaps of one row until none improves; how many.
 
-    ``t``, the matrix ``T``, and ``keep`` are changed in place. The ``candidates`` weights that are cheapest to prune
-    are tried first, all weights when none of them can be exchanged for the better.
+    ``t``, the matrix ``T``, and ``keep`` are changed in place. The ``candidates`` weights that are
+    cheapest to prune are tried first, all weights when none of them can be exchanged for the
+    better.
     """
     d = len(w)
     z = np.empty(d)
