@@ -40,22 +40,26 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def point(entry: dict[str, Any]) -> tuple[float, float]:
+    """Seconds per row, and per cent above the best known loss."""
+    return entry["seconds_per_row"], 100 * (entry["mean_of_best_known"] - 1)
+
+
 def plot(record: dict[str, Any], path: Path) -> None:
     """Excess over the best known loss against time, all searches."""
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, entry in record.items():
-        if name == "wanda":
-            continue
-        excess = 100 * (entry["mean_of_best_known"] - 1)
-        seconds = entry["seconds_per_row"]
-        axes.plot([seconds], [excess], "o", color="C1" if "tabu" in name else "C0")
-        axes.annotate(
-            name, (seconds, excess), fontsize=7, xytext=(4, 3), textcoords="offset points"
-        )
-    axes.axhline(0, color="grey", linewidth=0.8)
+    for family in ("restarts", "frank_wolfe, tabu", "swap, tabu"):
+        axes.plot(
+            *zip(*(point(e) for n, e in record.items() if n.startswith(family)), strict=True), "o-",
+            label=f"{family}, more and more",
+        )  # fmt: skip
+    for name in ("swap", "frank_wolfe", "frank_wolfe, swap", "best of both"):
+        axes.plot(*point(record[name]), "s", label=name)
+    axes.legend(fontsize=8)
     axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
+    axes.set_yscale("log")
     axes.set_xlabel("seconds per row of 384 inputs, one thread")
     axes.set_ylabel("loss above the best known, %")
     with replaced_on_success(path) as temporary:
