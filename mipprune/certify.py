@@ -146,7 +146,7 @@ def certify(
     recorded = {layer["name"]: layer for layer in record["layers"]}
     observer.begin(len(blocks), len(recorded))
     walk = BlockWalk(model.model, blocks_name, blocks, windows.tokens, settings["batch_size"])
-    layer_step, updated = LayerStep.from_dict(settings["layer_step"]), dict[str, Tensor]()
+    layer_step, updated = _layer_step(settings), dict[str, Tensor]()
     results = []
     for index in range(len(walk)):
         step = walk.visit(index)
@@ -158,7 +158,8 @@ def certify(
             gram = step.grams.gram(layer)
             inputs = Inputs(gram.matrix, gram.mean)
             problem = layer_step.problem(layer.weight, inputs, pattern).to("cpu")
-            _must_reproduce(layer.name, problem, mask, recorded[layer.name]["surrogate_loss"])
+            found = recorded[layer.name]
+            _must_reproduce(layer.name, problem, mask, found.get("surrogate_loss", found["loss"]))
             chosen = _sample(problem.shape[0], rows, (seed, index, at))
             result = _certify_layer(folder, layer.name, problem, mask, chosen, row_seconds, seed)
             results.append(result)
@@ -236,6 +237,11 @@ def _dense_model(settings: dict[str, Any], device: str, trust_remote_code: bool)
     return load_model(
         source, resolve_device(device), settings.get("dtype", "auto"), trust_remote_code
     )
+
+
+def _layer_step(settings: dict[str, Any]) -> LayerStep:
+    """The record's; records of before layer steps were plain."""
+    return LayerStep.from_dict(settings["layer_step"]) if "layer_step" in settings else LayerStep()
 
 
 def _must_reproduce(name: str, problem: MaskProblem, mask: Tensor, recorded: float) -> None:

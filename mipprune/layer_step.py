@@ -60,6 +60,8 @@ class LayerStep:
     def updated(self, weight: Tensor, inputs: Inputs, mask: Tensor) -> Tensor:
         """The layer's new weight, zero where the mask prunes; in the weight's dtype."""
         gram = inputs.gram
+        if not bool(gram.any()):  # a layer that saw nothing: there is nothing to make up for
+            return weight.masked_fill(~mask, 0.0)
         cross = inputs.cross if self.surrogate.dense_targets else None
         if self.update == "gain":
             return unbiased_gain(weight, gram, mask, cross)

@@ -9,6 +9,7 @@ from mipprune import LayerStep, Surrogate
 from mipprune.calibration import Windows
 from mipprune.models import find_blocks
 from mipprune.prune import all_layers
+from mipprune.surrogate import Inputs
 from solvers import InvalidInput, LeastSquares, MaskProblem, PerRow, solve, unbiased_gain
 
 WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")
@@ -99,3 +100,10 @@ def test_wrong_recipes_are_refused():
         LayerStep(update="magic")
     with pytest.raises(InvalidInput, match="collects no products"):
         prune(tiny_model("llama"), LayerStep(Surrogate(dense_targets=True)))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_layer_that_saw_nothing_keeps_its_weights(update):
+    weight, mask = torch.randn(3, 8), torch.rand(3, 8) < 0.5
+    updated = LayerStep(update=update).updated(weight, Inputs(torch.zeros(8, 8)), mask)
+    assert torch.equal(updated, weight.masked_fill(~mask, 0.0))
