@@ -17,15 +17,18 @@ from solvers import InvalidInput
 from .calibration import Windows
 from .checkpoint import load_masks, save
 from .evaluate import Estimate, Perplexity, SideBySide, perplexity, side_by_side
+from .layer_step import LayerStep
 from .masks import StartMasks, apply_masks, keep_zeros, zero_pattern
 from .models import LoadedModel, load_model
 from .prune import LayerResult, Observer, PruneReport, layer_problem, prune
 from .rules import Rules
+from .surrogate import Surrogate
 
 __all__ = [
     "Estimate",
     "InvalidInput",
     "LayerResult",
+    "LayerStep",
     "LoadedModel",
     "Observer",
     "Perplexity",
@@ -33,6 +36,7 @@ __all__ = [
     "Rules",
     "SideBySide",
     "StartMasks",
+    "Surrogate",
     "Windows",
     "apply_masks",
     "keep_zeros",

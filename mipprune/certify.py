@@ -28,10 +28,12 @@ from solvers.semidefinite.layer import fitted_price
 
 from .calibration import Windows
 from .checkpoint import RECORD_FILE, load_masks, write_json
+from .layer_step import LayerStep
 from .models import LoadedModel, find_blocks, load_model, resolve_device
 from .prune import Observer, calibration_windows
 from .results import read_record, write_results
 from .rules import Rules
+from .surrogate import Inputs
 from .walk import BlockWalk
 
 FOLDER = "certificates"
@@ -54,8 +56,8 @@ class LayerCertificate:
     rows
         Certified rows; all or a random sample.
     loss, bound
-        Summed over these rows; no mask of the pattern loses less than the bound on them (with
-        a shared budget: that keeps as many weights in these rows).
+        Summed over these rows, by what masks were judged by; no mask of the pattern loses less
+        than the bound on them (with a shared budget: that keeps as many weights in these rows).
     gap, gap_margin
         ``(loss - bound) / loss``, and the half width of its 95 % confidence interval for the
         whole layer (ratio estimate; 0 for all rows, None for a single one).
@@ -144,6 +146,7 @@ def certify(
     recorded = {layer["name"]: layer for layer in record["layers"]}
     observer.begin(len(blocks), len(recorded))
     walk = BlockWalk(model.model, blocks_name, blocks, windows.tokens, settings["batch_size"])
+    layer_step, updated = _layer_step(settings), dict[str, Tensor]()
     results = []
     for index in range(len(walk)):
         step = walk.visit(index)
@@ -152,14 +155,20 @@ def certify(
             pattern = patterns[layer.name]
             observer.phase(layer.name.removeprefix(f"{blocks_name}."))
             mask = masks[layer.name]
-            problem = MaskProblem(layer.weight, step.grams.gram(layer).matrix, pattern).to("cpu")
-            _must_reproduce(layer.name, problem, mask, recorded[layer.name]["loss"])
+            gram = step.grams.gram(layer)
+            inputs = Inputs(gram.matrix, gram.mean)
+            problem = layer_step.problem(layer.weight, inputs, pattern).to("cpu")
+            found = recorded[layer.name]
+            _must_reproduce(layer.name, problem, mask, found.get("surrogate_loss", found["loss"]))
             chosen = _sample(problem.shape[0], rows, (seed, index, at))
             result = _certify_layer(folder, layer.name, problem, mask, chosen, row_seconds, seed)
             results.append(result)
             recorded[layer.name]["certificate"] = asdict(result)
+            updated[layer.name] = layer_step.updated(
+                layer.weight, inputs, mask.to(layer.weight.device)
+            )
         for layer in pruned:
-            layer.weight.masked_fill_(~masks[layer.name].to(layer.weight.device), 0.0)
+            layer.weight.copy_(updated.pop(layer.name))
         if index + 1 < len(walk):
             walk.leave(index, rerun=settings["grams"] == "pruned")
     record["certificate"] = {"rows": rows, "row_seconds": row_seconds, "seed": seed}
@@ -228,6 +237,11 @@ def _dense_model(settings: dict[str, Any], device: str, trust_remote_code: bool)
     return load_model(
         source, resolve_device(device), settings.get("dtype", "auto"), trust_remote_code
     )
+
+
+def _layer_step(settings: dict[str, Any]) -> LayerStep:
+    """The record's; records of before layer steps were plain."""
+    return LayerStep.from_dict(settings["layer_step"]) if "layer_step" in settings else LayerStep()
 
 
 def _must_reproduce(name: str, problem: MaskProblem, mask: Tensor, recorded: float) -> None:

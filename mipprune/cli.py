@@ -130,6 +130,18 @@ def prune(
         list[str] | None,
         typer.Option("--option", "-O", help="Option of the solver, name=value; repeatable."),
     ] = None,
+    update: Annotated[
+        str,
+        typer.Option(help="Weights after the mask: none, gain, least_squares or sparsegpt."),
+    ] = "none",
+    shrink: Annotated[
+        float,
+        typer.Option(help="Judge masks by (1-s) G + s diag(G) instead of the Gram matrix G."),
+    ] = 0.0,
+    centre: Annotated[
+        float,
+        typer.Option(help="Judge masks with this share of the inputs' mean taken out of G."),
+    ] = 0.0,
     calibration: Calibration = None,
     samples: Samples = 128,
     seqlen: SeqLen = 2048,
@@ -177,12 +189,14 @@ def prune(
 ) -> None:
     """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
     from .checkpoint import check_new, save
+    from .layer_step import LayerStep
     from .masks import parse_start
     from .progress import LineObserver, Observers, progress, run_log
     from .prune import prune as run
     from .recipe import recipe_text
     from .report import layer_table
     from .rules import Rules, parse_rule
+    from .surrogate import Surrogate
 
     if quiet and verbose:
         raise InvalidInput("Give --quiet or --verbose, not both.")
@@ -194,6 +208,7 @@ def prune(
         tuple(only or []),
     )
     recipe = _recipe_of(context)
+    layer_step = LayerStep(Surrogate(shrink=shrink, centre=centre), update)  # type: ignore[arg-type]
     options = parse_options(option or [])
     start_from = parse_start(start)
     loaded = _load(model, device, dtype, trust_remote_code)
@@ -224,6 +239,7 @@ def prune(
             seed=seed,
             blocks=blocks,
             solver_options=options,
+            layer_step=layer_step,
             token_cache=token_cache,
             observer=Observers(*observers),
         )

@@ -24,6 +24,8 @@ class Gram:
     ----------
     matrix
         float64 ``[d, d]``, ``X X^T / tokens``; zero if it saw no token.
+    mean
+        float64 ``[d]``, of the inputs; zero if it saw no token.
     tokens
         How many.
     note
@@ -31,6 +33,7 @@ class Gram:
     """
 
     matrix: Tensor
+    mean: Tensor
     tokens: int
     note: str = ""
 
@@ -39,8 +42,9 @@ class GramCollector:
     """Hooks that accumulate Gram matrices, one per distinct input tensor.
 
     Layers that are given the same tensor (query, key and value; gate and up) share one matrix.
-    Products are taken in float32 per batch and summed in float64. An expert's matrix is that of
-    the tokens routed to it.
+    Products are taken in float32 per batch and summed in float64; a constant input of 1 besides
+    makes the last row the sum of the inputs. An expert's matrix is that of the tokens routed to
+    it.
     """
 
     def __init__(self, layers: Sequence[PrunableLayer]) -> None:
@@ -78,20 +82,21 @@ class GramCollector:
         tokens = self._tokens.get(self._owner.get(layer.name, ""), 0)
         d = layer.weight.shape[1]
         if tokens == 0:
-            return Gram(torch.zeros(d, d, dtype=torch.float64, device=layer.weight.device), 0)
+            zeros = torch.zeros(d, d, dtype=torch.float64, device=layer.weight.device)
+            return Gram(zeros, zeros[0], 0)
         total = self._sum[self._owner[layer.name]]
         if not bool(torch.isfinite(total).all()):
             raise InvalidInput(
                 f"The inputs of layer {layer.name} are NaN, infinite or overflow; "
                 "try another dtype, such as bfloat16 or float32."
             )
-        gram = total / tokens
+        gram, mean = total[:-1, :-1] / tokens, total[-1, :-1] / tokens
         if tokens >= min(d, max(self._tokens.values())):
-            return Gram(gram, tokens)
+            return Gram(gram, mean, tokens)
         share = tokens / d
-        mean = gram.diagonal().mean() * torch.eye(d, dtype=gram.dtype, device=gram.device)
+        unit = gram.diagonal().mean() * torch.eye(d, dtype=gram.dtype, device=gram.device)
         note = f"saw {tokens} tokens for {d} inputs: its Gram matrix is shrunk towards the identity"
-        return Gram(share * gram + (1 - share) * mean, tokens, note)
+        return Gram(share * gram + (1 - share) * unit, mean, tokens, note)
 
     def _hook(self, name: str) -> Any:
         return lambda _, args: self._observe(name, args[0])
@@ -112,10 +117,11 @@ class GramCollector:
 
     def _add(self, name: str, inputs: Tensor, nonzero: bool) -> None:
         x = inputs.reshape(-1, inputs.shape[-1]).float()
+        tokens = int(x.any(dim=1).sum()) if nonzero else len(x)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         product = (x.T @ x).double()
         if name in self._sum:
             self._sum[name] += product
         else:
             self._sum[name] = product
-        tokens = int(x.any(dim=1).sum()) if nonzero else len(x)
         self._tokens[name] = self._tokens.get(name, 0) + tokens

@@ -17,15 +17,18 @@ from solvers import (
     PerLayer,
     get_solver,
     solve,
+    updated_loss,
 )
 from solvers.registry import DEFAULT_START
 
 from .calibration import Windows, check_tokens, read_windows, window_length
 from .environment import environment
 from .gram import Gram
+from .layer_step import LayerStep
 from .masks import StartMasks, mask_digest
 from .models import Coverage, PrunableLayer, coverage, find_blocks, prunable_layers
 from .rules import Rules
+from .surrogate import Inputs
 from .walk import BlockWalk
 
 if TYPE_CHECKING:
@@ -59,11 +62,15 @@ class LayerResult:
     loss_start
         Of the mask that the solver started from; None for a solver without a start.
     loss
-        Of the mask that was written.
+        Of the mask that was written, with the weights as they were.
+    updated_loss
+        With the weights as they were written.
     loss_reference
         Of `REFERENCE`'s mask on the same problem.
+    surrogate_loss
+        Of the mask, by what masks were judged by; ``loss`` if that is the plain loss.
     relative_error
-        ``loss`` as a share of the mean square of the dense output.
+        ``updated_loss`` as a share of the mean square of the dense output.
     status
         Why the solver stopped.
     seconds
@@ -82,7 +89,9 @@ class LayerResult:
     sparsity: float
     loss_start: float | None
     loss: float
+    updated_loss: float
     loss_reference: float
+    surrogate_loss: float
     relative_error: float
     status: str
     seconds: float
@@ -109,6 +118,11 @@ class PruneReport:
     def loss(self) -> float:
         """Summed layer loss."""
         return sum(layer.loss for layer in self.layers)
+
+    @property
+    def updated_loss(self) -> float:
+        """Summed layer loss with the weights as they were written."""
+        return sum(layer.updated_loss for layer in self.layers)
 
     @property
     def loss_start(self) -> float | None:
@@ -145,6 +159,7 @@ class PruneReport:
             "sparsity": self.sparsity,
             "loss_start": self.loss_start,
             "loss": self.loss,
+            "updated_loss": self.updated_loss,
             "loss_reference": self.loss_reference,
             "reference": REFERENCE,
             "mask_hash": self.mask_hash,
@@ -183,6 +198,7 @@ def prune(
     blocks: str | None = None,
     solver_options: dict[str, Any] | None = None,
     token_cache: str | Path | None = None,
+    layer_step: LayerStep | None = None,
     observer: Observer | None = None,
 ) -> PruneReport:
     """Prune a causal language model in place, block by block.
@@ -212,9 +228,12 @@ def prune(
     blocks
         Name of the module list of blocks, where it is not found by itself.
     solver_options
-        The solver's own options.
+        The solver's own options. Solvers that take the inputs' ``mean`` are given it.
     token_cache
         Folder of token files, see `read_windows`.
+    layer_step
+        How masks are judged and weights updated after them; None for the plain layer loss and
+        weights as they are.
     observer
         Told about progress.
 
@@ -224,12 +243,14 @@ def prune(
         If a name, the text or the model cannot be worked with. Checks come before the first
         weight is changed, but for activations that overflow and patterns that do not fit.
     """
-    observer = observer or Observer()
+    observer, layer_step = observer or Observer(), layer_step or LayerStep()
     began = time.perf_counter()
     chosen = get_solver(solver, **(solver_options or {}))
     if start is None and chosen.needs_start:
         start = DEFAULT_START
     rules = pattern if isinstance(pattern, Rules) else Rules(pattern)
+    if layer_step.surrogate.dense_targets:
+        raise InvalidInput("A run collects no products of dense and pruned inputs; leave them out.")
     if grams not in ("pruned", "dense"):
         raise InvalidInput(f"Grams are taken from 'pruned' or 'dense', not '{grams}'.")
     blocks_name, block_list = find_blocks(model, blocks)
@@ -251,6 +272,7 @@ def prune(
             "start": start.source if isinstance(start, StartMasks) else start,
             "start_sha256": start.digest if isinstance(start, StartMasks) else None,
             "solver_options": solver_options or {},
+            "layer_step": layer_step.to_dict(),
             "pattern": rules.default.to_dict(),
             "rules": rules.to_dict(),
             "grams": grams,
@@ -290,7 +312,9 @@ def prune(
                 continue
             observer.phase(layer.name.removeprefix(f"{blocks_name}."))
             gram, options = step.grams.gram(layer), solver_options or {}
-            result, mask = _prune_layer(layer, gram, layer_pattern, solver, start, seed, options)
+            result, mask = _prune_layer(
+                layer, gram, layer_pattern, solver, start, seed, options, layer_step
+            )
             report.layers.append(result)
             report.masks[layer.name] = mask.cpu()
             if result.note:
@@ -412,10 +436,15 @@ def _prune_layer(
     start: str | StartMasks | None,
     seed: int,
     options: dict[str, Any],
+    layer_step: LayerStep,
 ) -> tuple[LayerResult, Tensor]:
-    """Solve one layer and write its mask into the model."""
+    """Solve one layer and write its weight into the model."""
     began = time.perf_counter()
-    problem = MaskProblem(layer.weight, gram.matrix, pattern)
+    inputs = Inputs(gram.matrix, gram.mean)
+    plain = MaskProblem(layer.weight, gram.matrix, pattern)
+    problem = layer_step.problem(layer.weight, inputs, pattern)
+    if "mean" in get_solver(solver).options():
+        options = {"mean": gram.mean, **options}
     note = gram.note
     started: Tensor | None = None
     if gram.tokens == 0:
@@ -431,32 +460,33 @@ def _prune_layer(
         else:
             started = solve(problem, start, seed=seed).mask
         solution = solve(problem, solver, start=started, seed=seed, **options)
+    updated = layer_step.updated(layer.weight, inputs, solution.mask)
     seconds = time.perf_counter() - began
 
-    loss = float(solution.objective.sum())
-    loss_start = None if started is None else float(problem.objective(started).sum())
-    reference = (
-        loss_start
-        if loss_start is not None and start == REFERENCE
-        else float(solve(problem, REFERENCE).objective.sum())
-    )
-    energy = float(problem.output_energy().sum())
-    rows, inputs = problem.shape
+    loss_reference = float(plain.objective(solve(plain, REFERENCE).mask).sum())
+    loss = float(plain.objective(solution.mask).sum())
+    after = loss
+    if not layer_step.keeps_weights:
+        after = float(updated_loss(layer.weight, gram.matrix, updated).sum())
+    energy = float(plain.output_energy().sum())
+    rows, columns = plain.shape
     result = LayerResult(
         name=layer.name,
         rows=rows,
-        inputs=inputs,
+        inputs=columns,
         tokens=gram.tokens,
         dead_inputs=int((gram.matrix.diagonal() == 0).sum()),
         sparsity=1.0 - float(solution.mask.double().mean()),
-        loss_start=loss_start,
+        loss_start=None if started is None else float(plain.objective(started).sum()),
         loss=loss,
-        loss_reference=reference,
-        relative_error=loss / energy if energy > 0 else 0.0,
+        updated_loss=after,
+        loss_reference=loss_reference,
+        surrogate_loss=float(solution.objective.sum()),
+        relative_error=after / energy if energy > 0 else 0.0,
         status=solution.status.name,
         seconds=seconds,
         stats=solution.stats,
         note=note,
     )
-    layer.weight.masked_fill_(~solution.mask, 0.0)  # last: the problem is a view of the weight
+    layer.weight.copy_(updated)  # last: the problem is a view of the weight
     return result, solution.mask

@@ -5,11 +5,15 @@ lists the solvers. This package knows rows, Gram matrices and patterns, and no t
 """
 
 from . import structured
+from .alps import Alps
 from .branch_and_bound import BranchAndBound
+from .compose import BestOf, Chain, Restarts
 from .convex import Cvxpy
+from .dsnot import DSnoT
 from .errors import InvalidInput
 from .frank_wolfe import FrankWolfe
 from .hull import Domain, HullSolution, minimize
+from .joint import Joint
 from .linear import Linear
 from .pattern import (
     NM,
@@ -21,6 +25,7 @@ from .pattern import (
     PerRow,
     pattern_from_dict,
 )
+from .presets import SparseFW, SparseSwaps
 from .problem import MaskProblem
 from .registry import SolverInfo, available, get_solver, register, solve
 from .saliency import RIA, Magnitude, Wanda
@@ -28,7 +33,10 @@ from .scip import Scip
 from .semidefinite import Semidefinite
 from .solution import MaskSolution, Status, TracePoint
 from .solver import Outcome, Progress, Solver
+from .sparsegpt import SparseGPT, SparseGPTUpdate
 from .swap import Swap
+from .tabu import Tabu
+from .update import LeastSquares, unbiased_gain, updated_loss
 
 DISTRIBUTION = "mipprune"
 """The distribution this package belongs to; `import mipprune` checks it."""
@@ -36,14 +44,20 @@ DISTRIBUTION = "mipprune"
 __all__ = [
     "NM",
     "RIA",
+    "Alps",
+    "BestOf",
     "BranchAndBound",
     "CellPattern",
+    "Chain",
     "Constraints",
     "Cvxpy",
+    "DSnoT",
     "Domain",
     "FrankWolfe",
     "HullSolution",
     "InvalidInput",
+    "Joint",
+    "LeastSquares",
     "Linear",
     "Magnitude",
     "MaskProblem",
@@ -54,12 +68,18 @@ __all__ = [
     "PerLayer",
     "PerRow",
     "Progress",
+    "Restarts",
     "Scip",
     "Semidefinite",
     "Solver",
     "SolverInfo",
+    "SparseFW",
+    "SparseGPT",
+    "SparseGPTUpdate",
+    "SparseSwaps",
     "Status",
     "Swap",
+    "Tabu",
     "TracePoint",
     "Wanda",
     "available",
@@ -69,4 +89,6 @@ __all__ = [
     "register",
     "solve",
     "structured",
+    "unbiased_gain",
+    "updated_loss",
 ]

@@ -188,6 +188,11 @@ class _Product:
         return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+def relaxed_mask(problem: MaskProblem, options: FrankWolfe, clock: Clock) -> Tensor:
+    """The relaxed mask that Frank-Wolfe ends at, before rounding, float64 ``[rows, d]``."""
+    return _Run(options, problem, None, clock, None).relaxed()
+
+
 class _Batch:
     """Rows that still move: relaxed masks, correlations, and the oracle.
 
@@ -496,6 +501,11 @@ class _Run:
         floor = 1e-8 * options.tolerance + 8 * torch.finfo(torch.float64).eps
         size = rows.weight**2 @ rows.gram.diagonal() + rows.linear.abs().sum(dim=1)
         self._floor = floor * size
+
+    def relaxed(self) -> Tensor:
+        """Descend; the relaxed mask."""
+        self._descend()
+        return self._z
 
     def outcome(self) -> Outcome:
         """Descend, evaluate anew, round."""

@@ -26,9 +26,9 @@ def register(solver: _S) -> _S:
     return solver
 
 
-def _rank(solver: type[Solver]) -> tuple[bool, bool, bool, str]:
-    """Simple ones first: saliencies, searches, bounds, exact solvers."""
-    return solver.exact, solver.gives_bound, solver.needs_start, solver.name
+def _rank(solver: type[Solver]) -> tuple[bool, bool, bool, bool, str]:
+    """Simple ones first: saliencies, searches, compositions, bounds, exact solvers."""
+    return solver.exact, solver.gives_bound, solver.composite, solver.needs_start, solver.name
 
 
 @dataclass(frozen=True)

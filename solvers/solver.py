@@ -88,6 +88,7 @@ class Solver(ABC):
     exact: ClassVar[bool] = False
     gives_bound: ClassVar[bool] = False
     needs_start: ClassVar[bool] = False
+    composite: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

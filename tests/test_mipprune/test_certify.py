@@ -57,6 +57,17 @@ def test_the_folder_checks_itself(certified):
         assert verified[result.name][1] == pytest.approx(result.gap, abs=1e-9)
 
 
+def test_a_run_with_a_recipe_is_repeated(tmp_path, embedded):
+    layer_step = mipprune.LayerStep(mipprune.Surrogate(shrink=0.5), "least_squares")
+    folder = pruned(tmp_path / "model", embedded, layer_step=layer_step)
+    model = dense()
+    results = certify(folder, rows=1, row_seconds=0.2, model=model, calibration=WINDOWS)
+    assert len(check_folder(folder)) == len(results) == 21
+    saved = mipprune.load_model(str(folder), torch.device("cpu")).model.state_dict()
+    again = model.model.state_dict()
+    assert all(torch.allclose(saved[name], again[name], atol=1e-6) for name in saved)
+
+
 def copied(certified, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(certified[0], folder)

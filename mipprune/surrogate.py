@@ -1,0 +1,180 @@
+"""How a layer's masks are judged: from a weight and statistics of its inputs to a `MaskProblem`.
+
+The plain layer loss takes the Gram matrix ``G = E x x^T`` of the calibration text as it is. Each
+function here states a variant; all of them are again a Gram matrix and a linear term, so that
+every solver takes them as they are. `Surrogate` puts the chosen ones together.
+
+Masks: True = keep. ``q = w * (1 - m)`` is what a mask removes from a row ``w``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers import InvalidInput, MaskProblem, Pattern
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Statistics of what a layer sees on calibration text, per token.
+
+    Attributes
+    ----------
+    gram
+        ``E x x^T``, float64 ``[d, d]``.
+    mean
+        ``E x``, float64 ``[d]``; None if it was not collected.
+    cross
+        ``E x_dense x^T``, float64 ``[d, d]``, where ``x`` comes from the pruned model and
+        ``x_dense`` from the unpruned one; None if both are the same.
+    """
+
+    gram: Tensor
+    mean: Tensor | None = None
+    cross: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Which variant of the layer loss masks are chosen by; the default is the plain one.
+
+    Parameters
+    ----------
+    shrink
+        Share ``s`` of the diagonal in ``(1 - s) G + s diag(G)``: 0 is the plain loss, 1 makes the
+        weights independent and the best mask Wanda's.
+    centre
+        Share ``c`` of the mean that is taken out, ``G - c E[x] E[x]^T``: 1 is the loss that a layer
+        with a bias has once the bias makes up for the mean of what was removed
+        (`bias_correction`).
+    damping
+        Added to the diagonal, in units of its mean.
+    dense_targets
+        Judge by the distance to the output of the *unpruned* model, from the inputs of the
+        pruned one (needs `Inputs.cross`).
+
+    Notes
+    -----
+    Centring comes first, then damping, then shrinkage. The linear term of dense targets is taken
+    with the plain statistics.
+    """
+
+    shrink: float = 0.0
+    centre: float = 0.0
+    damping: float = 0.0
+    dense_targets: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("shrink", "centre"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInput(
+                    f"{name}={getattr(self, name)} is outside [0, 1]; it is a share."
+                )
+        if not self.damping >= 0:
+            raise InvalidInput(f"damping={self.damping} is negative; give 0 or more.")
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the layer loss as it is."""
+        return self == Surrogate()
+
+    def gram(self, inputs: Inputs) -> Tensor:
+        """The Gram matrix that masks are chosen by, float64 ``[d, d]``."""
+        gram = inputs.gram
+        if self.centre:
+            if inputs.mean is None:
+                raise InvalidInput("A centred Gram matrix needs the mean of the inputs.")
+            gram = centred(gram, inputs.mean, self.centre)
+        return shrunk(damped(gram, self.damping), self.shrink)
+
+    def problem(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> MaskProblem:
+        """The problem to solve for a layer with this weight.
+
+        Raises
+        ------
+        InvalidInput
+            If a statistic that this surrogate needs is missing.
+        """
+        linear = None
+        if self.dense_targets:
+            if inputs.cross is None:
+                raise InvalidInput(
+                    "Dense targets need the products of the dense and the pruned model's inputs."
+                )
+            linear = target_term(weight, inputs.gram, inputs.cross)
+        return MaskProblem(weight, self.gram(inputs), pattern, linear)
+
+
+def shrunk(gram: Tensor, share: float) -> Tensor:
+    """``(1 - s) G + s diag(G)``: correlations between inputs are trusted less than their sizes.
+
+    As Ledoit and Wolf shrink a covariance estimate, but as a choice of objective: errors of
+    different inputs that cancel in one layer, on the calibration text, are not relied on in full.
+    """
+    if share == 0:
+        return gram
+    out = gram * (1 - share)
+    out.diagonal().copy_(gram.diagonal())
+    return out
+
+
+def damped(gram: Tensor, share: float) -> Tensor:
+    """``G + share * mean(diag G) * I``."""
+    if share == 0:
+        return gram
+    out = gram.clone()
+    out.diagonal().add_(share * gram.diagonal().mean())
+    return out
+
+
+def centred(gram: Tensor, mean: Tensor, share: float = 1.0) -> Tensor:
+    """``G - share * mean mean^T``: with share 1 the covariance of the inputs."""
+    mean = mean.to(gram.dtype)
+    out = gram - share * mean[:, None] * mean
+    # Rounding must not leave a diagonal below zero, nor entries beside a zero diagonal.
+    tiny = 64 * torch.finfo(torch.float32).eps * gram.diagonal()
+    constant = out.diagonal() <= tiny
+    out[constant] = 0.0
+    out[:, constant] = 0.0
+    return out
+
+
+def bias_correction(weight: Tensor, updated: Tensor, mean: Tensor) -> Tensor:
+    """What to add to a layer's bias so that its mean output stays, ``[rows]`` float64."""
+    return (weight.double() - updated.double()) @ mean.double()
+
+
+def target_term(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """Linear term of ``E (w^T x_dense - (m * w)^T x)^2``, float64 ``[rows, d]``.
+
+    With ``e = w^T (x_dense - x)`` the error that comes in, the loss is ``E (e + q^T x)^2``, which
+    but for the constant ``E e^2`` is ``q^T G q + 2 q^T E[x e]`` with ``E[x e] = (C - G)^T w``.
+    """
+    w = weight.double()
+    return 2 * w * (w @ (cross.double() - gram.double()))
+
+
+def token_weighted(inputs: Tensor, importance: Tensor) -> Tensor:
+    """``sum_t f_t x_t x_t^T / sum_t f_t``, float64 ``[d, d]``.
+
+    Parameters
+    ----------
+    inputs
+        ``[tokens, d]``.
+    importance
+        ``[tokens]``, non-negative: such as a token's squared output gradient, with which the loss
+        becomes the diagonal Fisher's estimate of what the layer's error does to the model's loss.
+
+    Raises
+    ------
+    InvalidInput
+        If a weight is negative, or all are zero.
+    """
+    importance = importance.double()
+    if bool((importance < 0).any()) or not bool((importance > 0).any()):
+        raise InvalidInput("Token weights must be non-negative and not all zero.")
+    x = inputs.double()
+    return (x * importance[:, None]).T @ x / importance.sum()

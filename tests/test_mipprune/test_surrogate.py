@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from mipprune.surrogate import (
+    Inputs,
+    Surrogate,
+    bias_correction,
+    centred,
+    shrunk,
+    target_term,
+    token_weighted,
+)
+from solvers import InvalidInput, MaskProblem, PerRow, solve
+
+PATTERN = PerRow(sparsity=0.5)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def layer():
+    weight, x = draw(5, 10), draw(10, 400, seed=1) + 0.7
+    x[3] += x[4]
+    return weight, x
+
+
+def statistics(x, dense=None):
+    tokens = x.shape[1]
+    cross = None if dense is None else dense @ x.T / tokens
+    return Inputs(x @ x.T / tokens, x.mean(dim=1), cross)
+
+
+def test_the_default_is_the_plain_loss(layer):
+    weight, x = layer
+    assert Surrogate().plain
+    assert not Surrogate(shrink=0.1).plain
+    problem = Surrogate().problem(weight, statistics(x), PATTERN)
+    mask = PATTERN.round(draw(5, 10, seed=2))
+    change = weight.masked_fill(mask, 0.0) @ x
+    assert problem.objective(mask).numpy() == pytest.approx((change**2).mean(dim=1).numpy())
+    assert problem.linear is None
+
+
+def test_shrinkage_leads_from_the_plain_loss_to_wanda(layer):
+    weight, x = layer
+    inputs = statistics(x)
+    half = shrunk(inputs.gram, 0.5)
+    assert torch.equal(half.diagonal(), inputs.gram.diagonal())
+    off = ~torch.eye(10, dtype=torch.bool)
+    assert torch.equal(half[off], inputs.gram[off] / 2)
+    full = Surrogate(shrink=1.0).problem(weight, inputs, PATTERN)
+    wanda = solve(MaskProblem(weight, inputs.gram, PATTERN), "wanda").mask
+    assert torch.equal(solve(full, "swap", start="magnitude").mask, wanda)
+
+
+def test_a_bias_makes_the_loss_the_centred_one(layer):
+    weight, x = layer
+    inputs = statistics(x)
+    mask = PATTERN.round(draw(5, 10, seed=2))
+    pruned = weight.masked_fill(~mask, 0.0)
+    bias = bias_correction(weight, pruned, inputs.mean)
+    change = weight @ x - (pruned @ x + bias[:, None])
+    assert float(change.mean(dim=1).abs().max()) < 1e-12
+    loss = Surrogate(centre=1.0).problem(weight, inputs, PATTERN).objective(mask)
+    assert loss.numpy() == pytest.approx((change**2).mean(dim=1).numpy())
+
+
+def test_a_constant_input_has_no_centred_part(layer):
+    weight, x = layer
+    x[2] = 0.1
+    inputs = statistics(x)
+    gram = centred(inputs.gram, inputs.mean)
+    assert not bool(gram[2].any())
+    Surrogate(centre=1.0).problem(weight, inputs, PATTERN)  # accepted as a Gram matrix
+
+
+def test_dense_targets_with_pruned_inputs(layer):
+    weight, dense = layer
+    x = dense + 0.3 * draw(10, 400, seed=5)
+    inputs = statistics(x, dense)
+    problem = Surrogate(dense_targets=True).problem(weight, inputs, PATTERN)
+    constant = ((weight @ (dense - x)) ** 2).mean(dim=1)
+    for seed in range(3):
+        mask = PATTERN.round(draw(5, 10, seed=seed))
+        loss = ((weight @ dense - weight.masked_fill(~mask, 0.0) @ x) ** 2).mean(dim=1)
+        found = problem.objective(mask) + constant
+        assert found.numpy() == pytest.approx(loss.numpy())
+    assert float(target_term(weight, inputs.gram, inputs.gram).abs().max()) == 0.0
+
+
+def test_token_weights_count_tokens(layer):
+    _, x = layer
+    repeats = torch.arange(400) % 3
+    counted = x.T.repeat_interleave(repeats, dim=0)
+    expected = counted.T @ counted / len(counted)
+    assert torch.allclose(token_weighted(x.T, repeats.double()), expected)
+    with pytest.raises(InvalidInput, match="not all zero"):
+        token_weighted(x.T, torch.zeros(400))
+
+
+def test_what_is_missing_or_wrong_is_said(layer):
+    weight, x = layer
+    inputs = Inputs(statistics(x).gram)
+    with pytest.raises(InvalidInput, match="needs the mean"):
+        Surrogate(centre=1.0).problem(weight, inputs, PATTERN)
+    with pytest.raises(InvalidInput, match="Dense targets need"):
+        Surrogate(dense_targets=True).problem(weight, inputs, PATTERN)
+    with pytest.raises(InvalidInput, match=r"shrink=1\.5 is outside"):
+        Surrogate(shrink=1.5)
+    with pytest.raises(InvalidInput, match="damping=-1 is negative"):
+        Surrogate(damping=-1)
+
+
+def test_damping_is_in_units_of_the_mean_diagonal(layer):
+    _, x = layer
+    gram = statistics(x).gram
+    expected = gram + 0.2 * gram.diagonal().mean() * torch.eye(10, dtype=torch.float64)
+    assert torch.allclose(Surrogate(damping=0.2).gram(Inputs(gram)), expected)
