@@ -28,6 +28,7 @@ from mipprune.calibration import Windows, cut_windows, read_texts
 from mipprune.capture import forward
 from mipprune.layer_step import LayerStep
 from mipprune.models import find_blocks
+from mipprune.placement import Placement
 from mipprune.prune import all_layers
 from mipprune.surrogate import Surrogate
 from mipprune.walk import BlockWalk
@@ -111,15 +112,11 @@ class Yardstick:
 
     def _held_out_loss(self, model: Any) -> float:
         """Summed squared output changes per token on text that no mask was chosen on."""
-        blocks_name, blocks = find_blocks(model)
-        walk = BlockWalk(model, blocks_name, blocks, self._held_out.tokens, 8)
         total = 0.0
-        for index in range(len(walk)):
-            step = walk.visit(index)
+        for step in BlockWalk(Placement(model), self._held_out.tokens, 8):
             for layer in step.layers:
                 gram = step.grams.gram(layer).matrix
                 total += float(updated_loss(self.weights[layer.name], gram, layer.weight).sum())
-            walk.leave(index, rerun=False)
         return total
 
 

@@ -20,7 +20,9 @@ from .evaluate import Estimate, Perplexity, SideBySide, perplexity, side_by_side
 from .layer_step import LayerStep
 from .masks import StartMasks, apply_masks, keep_zeros, zero_pattern
 from .models import LoadedModel, load_model
-from .prune import LayerResult, Observer, PruneReport, layer_problem, prune
+from .observer import Observer
+from .prune import layer_problem, prune
+from .record import LayerResult, PruneReport
 from .rules import Rules
 from .surrogate import Surrogate
 

@@ -8,9 +8,10 @@ blocks must give the logits of the direct forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from solvers import InvalidInput
 
 from .experts import FusedWeight, all_fused_weights, watched
+from .placement import OUTSIDE, Placement
 
 _HIDDEN = "hidden_states"
 
@@ -63,7 +65,12 @@ def hidden_output(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> Capture:
+def capture(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: Sequence[Tensor],
+    run: Callable[[nn.Module, Tensor], object] | None = None,
+) -> Capture:
     """Record every block's own arguments, and the first block's input, for all batches.
 
     Parameters
@@ -74,6 +81,8 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]) 
         Its decoder blocks.
     batches
         Token ids, int64 ``[windows, length]`` each.
+    run
+        Runs the model on a batch; the default leaves out its head, whose logits need much memory.
     """
     record = Capture(calls=[[] for _ in blocks])
     store = _Store()
@@ -92,7 +101,7 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]) 
             handle = block.register_forward_pre_hook(hook(index), with_kwargs=True)
             stack.callback(handle.remove)
         for batch in batches:
-            forward(model, batch)
+            (run or body_forward)(model, batch)
     for index, calls in enumerate(record.calls):
         if len(calls) != len(batches):
             raise ReplayMismatch(
@@ -109,6 +118,12 @@ def forward(model: nn.Module, batch: Tensor) -> Tensor:
     return logits
 
 
+def body_forward(model: nn.Module, batch: Tensor) -> None:
+    """Run all blocks, but not the head."""
+    body = getattr(model, "base_model", model)
+    body(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
+
+
 @torch.no_grad()
 def check_replay(model: nn.Module, blocks: nn.ModuleList, batch: Tensor) -> float:
     """Replay all blocks on one batch and compare with the direct forward.
@@ -123,30 +138,74 @@ def check_replay(model: nn.Module, blocks: nn.ModuleList, batch: Tensor) -> floa
     ReplayMismatch
         If an output differs by more than rounding; it names the first block that does.
     """
-    outputs: list[Tensor] = []
+    return replay(model, blocks, batch).error
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What `replay` found: the largest difference of the logits, and what it recorded."""
+
+    error: float
+    record: Capture
+
+
+@torch.no_grad()
+def replay(
+    model: nn.Module, blocks: nn.ModuleList, batch: Tensor, placement: Placement | None = None
+) -> Replay:
+    """`check_replay`, wherever the weights are; every block is asked for twice."""
+    outputs: list[Any] = []
+    logits: list[Tensor] = []
     with ExitStack() as stack:
+        stack.enter_context(placement.forward() if placement else nullcontext())
         for block in blocks:
-            handle = block.register_forward_hook(
-                lambda _, __, out: outputs.append(hidden_output(out))
-            )
+            handle = block.register_forward_hook(lambda _, __, out: outputs.append(out))
             stack.callback(handle.remove)
-        record = capture(model, blocks, [batch])
-        logits = forward(model, batch)
-    outputs = outputs[: len(blocks)]
+        record = capture(model, blocks, [batch], lambda *of: logits.append(forward(*of)))
     hidden = record.hidden[0]
     for index, (block, calls) in enumerate(zip(blocks, record.calls, strict=True)):
-        inputs, hidden = hidden, calls[0].run(block, hidden)
-        if not _close(hidden, outputs[index]):
-            raise ReplayMismatch(
-                f"Block {index} replayed alone differs from the model's own forward by "
-                f"{float((hidden - outputs[index]).abs().max()):.2g}; nothing was pruned."
-            )
-        _check_experts(index, block, calls[0], inputs, hidden)
-    with _replaced_output(blocks[-1], hidden):
+        with placement.block(index) if placement else nullcontext():
+            inputs, hidden = hidden, calls[0].run(block, hidden)
+            direct = hidden_output(outputs[index])
+            if not _close(hidden, direct):
+                raise ReplayMismatch(
+                    f"Block {index} replayed alone differs from the model's own forward by "
+                    f"{float((hidden - direct).abs().max()):.2g}; nothing was pruned."
+                )
+            _check_experts(index, block, calls[0], inputs, hidden)
+    last = outputs[-1]
+    outputs[-1] = (hidden, *last[1:]) if isinstance(last, tuple) else hidden
+    outside = placement.block(OUTSIDE) if placement else nullcontext()
+    with outside, answering(blocks, lambda index, _: outputs[index]):
         replayed = forward(model, batch)
-    if not _close(replayed, logits):
+    if not _close(replayed, logits[0]):
         raise ReplayMismatch("The logits of the replayed blocks differ from the model's own.")
-    return float((replayed - logits).abs().max())
+    return Replay(float((replayed - logits[0]).abs().max()), record)
+
+
+@contextmanager
+def answering(
+    blocks: Iterable[nn.Module], answer: Callable[[int, Tensor], object]
+) -> Iterator[None]:
+    """While this lasts, blocks are not run: each gives ``answer(its place, hidden states)``."""
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            own = block.__dict__.get("forward")
+            stack.callback(_restore_forward, block, own)
+            block.forward = partial(_answer, answer, index)
+        yield
+
+
+def _answer(
+    answer: Callable[[int, Tensor], object], index: int, *args: Any, **kwargs: Any
+) -> object:
+    return answer(index, _split(args, kwargs)[0])
+
+
+def _restore_forward(block: nn.Module, own: Any) -> None:
+    del block.forward
+    if own is not None:
+        block.forward = own
 
 
 def _check_experts(
@@ -178,18 +237,6 @@ def _check_experts(
                 f"{weight.name} holds experts, but products with them could not be observed; "
                 "nothing was pruned."
             )
-
-
-@contextmanager
-def _replaced_output(block: nn.Module, hidden: Tensor) -> Iterator[None]:
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    handle = block.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -29,8 +29,10 @@ from solvers.semidefinite.layer import fitted_price
 from .calibration import Windows
 from .checkpoint import RECORD_FILE, load_masks, write_json
 from .layer_step import LayerStep
-from .models import LoadedModel, find_blocks, load_model, resolve_device
-from .prune import Observer, calibration_windows
+from .models import LoadedModel, load_model, resolve_device
+from .observer import Observer
+from .placement import Placement
+from .prune import calibration_windows
 from .results import read_record, write_results
 from .rules import Rules
 from .surrogate import Inputs
@@ -142,35 +144,33 @@ def certify(
             f"The calibration text '{windows.source}' gives other tokens here than when {folder} "
             "was pruned; certify with the text and versions of its record."
         )
-    blocks_name, blocks = find_blocks(model.model, settings["blocks"])
+    placement = Placement(model.model, settings["blocks"])
     recorded = {layer["name"]: layer for layer in record["layers"]}
-    observer.begin(len(blocks), len(recorded))
-    walk = BlockWalk(model.model, blocks_name, blocks, windows.tokens, settings["batch_size"])
-    layer_step, updated = _layer_step(settings), dict[str, Tensor]()
-    results = []
-    for index in range(len(walk)):
-        step = walk.visit(index)
+    observer.begin(len(placement.blocks), len(recorded))
+    walk = BlockWalk(
+        placement,
+        windows.tokens,
+        settings["batch_size"],
+        propagate=settings["grams"] == "pruned",
+    )
+    layer_step, results = _layer_step(settings), []
+    for step in walk:
         pruned = [layer for layer in step.layers if layer.name in patterns]
         for at, layer in enumerate(pruned):
             pattern = patterns[layer.name]
-            observer.phase(layer.name.removeprefix(f"{blocks_name}."))
+            observer.phase(layer.name.removeprefix(f"{placement.blocks_name}."))
             mask = masks[layer.name]
             gram = step.grams.gram(layer)
             inputs = Inputs(gram.matrix, gram.mean)
             problem = layer_step.problem(layer.weight, inputs, pattern).to("cpu")
             found = recorded[layer.name]
             _must_reproduce(layer.name, problem, mask, found.get("surrogate_loss", found["loss"]))
-            chosen = _sample(problem.shape[0], rows, (seed, index, at))
+            chosen = _sample(problem.shape[0], rows, (seed, step.index, at))
             result = _certify_layer(folder, layer.name, problem, mask, chosen, row_seconds, seed)
             results.append(result)
             recorded[layer.name]["certificate"] = asdict(result)
-            updated[layer.name] = layer_step.updated(
-                layer.weight, inputs, mask.to(layer.weight.device)
-            )
-        for layer in pruned:
-            layer.weight.copy_(updated.pop(layer.name))
-        if index + 1 < len(walk):
-            walk.leave(index, rerun=settings["grams"] == "pruned")
+            on_device = mask.to(layer.weight.device)
+            step.prune(layer, mask, layer_step.updated(layer.weight, inputs, on_device))
     record["certificate"] = {"rows": rows, "row_seconds": row_seconds, "seed": seed}
     write_json(folder / RECORD_FILE, record)
     write_results(folder, record)

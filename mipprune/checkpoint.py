@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,20 @@ import torch
 from torch import Tensor
 
 from solvers import InvalidInput
-from solvers.files import replaced_on_success
+from solvers.files import replaced_on_success, to_disk
+
+from .record import pack, unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .prune import PruneReport
+    from .record import PruneReport
 
 MASKS_FILE = "masks.safetensors"
 RECORD_FILE = "mipprune.json"
+TIMINGS_FILE = "timings.json"
+
+_WIDTHS = "widths"
 
 
 def check_new(out: str | Path) -> Path:
@@ -58,15 +64,67 @@ def save(
         Type of the stored weights; None leaves the model's. The type that the model was stored
         in is exact, since pruning changes no weight but to zero.
     """
-    from .results import write_results
-
     with replaced_on_success(check_new(out)) as folder:
         folder.mkdir()
         model.to(dtype or model.dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        save_masks(folder / MASKS_FILE, report.masks)
-        write_json(folder / RECORD_FILE, report.to_dict())
-        write_results(folder, report.to_dict())
+        save_beside(folder, tokenizer, report)
+
+
+def save_beside(folder: Path, tokenizer: PreTrainedTokenizerBase, report: PruneReport) -> None:
+    """Write what a pruned model's folder holds beside the weights.
+
+    Times have a file of their own, so that all others of an interrupted and resumed run are what
+    they would have been.
+    """
+    from .results import write_results
+
+    tokenizer.save_pretrained(folder)
+    save_masks(folder / MASKS_FILE, report.masks)
+    write_json(folder / RECORD_FILE, report.to_dict())
+    write_json(folder / TIMINGS_FILE, report.timings())
+    write_results(folder, report.to_dict())
+
+
+class Shards:
+    """Weights written one block at a time, as the shards of a sharded checkpoint.
+
+    Parameters
+    ----------
+    folder
+        Made if it does not exist.
+    count
+        How many there will be.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder, self._count = folder, count
+
+    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Write shard ``index``, whole or not at all, and have it on disk."""
+        from safetensors.torch import save_file
+
+        self._folder.mkdir(exist_ok=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with replaced_on_success(self._file(index)) as temporary:
+            save_file(contiguous, temporary, metadata={"format": "pt"})
+            to_disk(temporary)
+
+    def write_index(self) -> None:
+        """Write which shard holds which weight."""
+        from safetensors import safe_open
+
+        weight_map: dict[str, str] = {}
+        size = 0
+        for index in range(self._count):
+            with safe_open(self._file(index), "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 (not a mapping)
+                    weight_map[name] = self._file(index).name
+                    size += stored.get_tensor(name).nbytes
+        record = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(self._folder / "model.safetensors.index.json", record)
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"model-{index + 1:05d}-of-{self._count:05d}.safetensors"
 
 
 def write_json(path: str | Path, record: Any) -> None:
@@ -76,14 +134,16 @@ def write_json(path: str | Path, record: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def save_masks(path: str | Path, masks: dict[str, Tensor]) -> None:
+def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> None:
     """Masks (bool ``[outputs, inputs]``) packed to one bit per weight, rows padded to bytes."""
     from safetensors.numpy import save_file
 
-    packed = {name: np.packbits(mask.cpu().numpy(), axis=1) for name, mask in masks.items()}
-    widths = {name: str(mask.shape[1]) for name, mask in masks.items()}
+    packed, widths = {}, {}
+    for name, mask in masks.items():
+        packed[name], widths[name] = pack(mask), mask.shape[1]
     with replaced_on_success(path) as temporary:
-        save_file(packed, temporary, metadata=widths)
+        # one entry, since several are written in an order that changes from run to run
+        save_file(packed, temporary, metadata={_WIDTHS: json.dumps(widths)})
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -102,11 +162,9 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         raise InvalidInput(f"There are no masks at {file}.")
     try:
         with safe_open(file, "np") as stored:
-            widths = stored.metadata() or {}
+            widths = json.loads((stored.metadata() or {})[_WIDTHS])
             return {
-                name: torch.from_numpy(
-                    np.unpackbits(stored.get_tensor(name), axis=1, count=int(widths[name]))
-                ).bool()
+                name: unpack(stored.get_tensor(name), widths[name])
                 for name in stored.keys()  # noqa: SIM118 (not a mapping)
             }
     except (SafetensorError, KeyError, ValueError) as error:

@@ -17,10 +17,12 @@ from rich.status import Status
 from solvers import NM, InvalidInput, Pattern, PerLayer, PerRow
 
 if TYPE_CHECKING:
-    from .prune import Observer, PruneReport
+    from .observer import Observer
+    from .record import PruneReport
 
-_NO_RECIPE = ("config", "log", "quiet", "verbose", "trust_remote_code")
-"""Options of the command line alone: how a run is watched, and trust, which no file can give."""
+_NO_RECIPE = ("config", "log", "quiet", "verbose", "trust_remote_code", "resume", "dry_run")
+"""Options of the command line alone: how a run is watched, begun or resumed, and trust, which no
+file can give."""
 
 
 def _take_recipe(context: typer.Context, path: Path | None) -> Path | None:
@@ -66,6 +68,20 @@ Calibration = Annotated[
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per window, at most the model's positions.")]
 Batch = Annotated[int, typer.Option("--batch-size", help="Windows per forward.")]
+BatchOrNone = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Windows per forward.  [default: by the device's memory]"),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.partial.")
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read the model block by block and never hold it whole.  [default: if it is large]",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DTypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Of windows and solver.")]
@@ -148,7 +164,7 @@ def prune(
     grams: Annotated[
         str, typer.Option(help="Inputs of a block from the pruned or the dense blocks before it.")
     ] = "pruned",
-    batch_size: Batch = 8,
+    batch_size: BatchOrNone = None,
     device: Device = "auto",
     dtype: DTypeOption = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -171,6 +187,11 @@ def prune(
     token_cache: Annotated[
         Path | None, typer.Option(help="Folder of token files to read or fill.")
     ] = None,
+    stream: Stream = None,
+    resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate memory and time, and write nothing.")
+    ] = False,
     log: Annotated[
         Path | None, typer.Option(help="Append the run's events to this file, as JSON lines.")
     ] = None,
@@ -188,19 +209,18 @@ def prune(
     ] = None,
 ) -> None:
     """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
-    from .checkpoint import check_new, save
+    from .job import plan_job, prune_to_folder
     from .layer_step import LayerStep
     from .masks import parse_start
     from .progress import LineObserver, Observers, progress, run_log
-    from .prune import prune as run
+    from .ranks import is_first_process
     from .recipe import recipe_text
-    from .report import layer_table
+    from .report import layer_table, plan_table
     from .rules import Rules, parse_rule
     from .surrogate import Surrogate
 
     if quiet and verbose:
         raise InvalidInput("Give --quiet or --verbose, not both.")
-    check_new(out)
     rules = Rules(
         parse_pattern(sparsity, pattern, scope),
         tuple(parse_rule(text, scope) for text in rule or []),
@@ -208,10 +228,31 @@ def prune(
         tuple(only or []),
     )
     recipe = _recipe_of(context)
-    layer_step = LayerStep(Surrogate(shrink=shrink, centre=centre), update)  # type: ignore[arg-type]
-    options = parse_options(option or [])
-    start_from = parse_start(start)
-    loaded = _load(model, device, dtype, trust_remote_code)
+    arguments: dict[str, Any] = {
+        "calibration": calibration,
+        "pattern": rules,
+        "solver": solver,
+        "start": parse_start(start),
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "stream": stream,
+        "blocks": blocks,
+        "samples": samples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "grams": grams,
+        "seed": seed,
+        "solver_options": parse_options(option or []),
+        "token_cache": token_cache,
+        "layer_step": LayerStep(Surrogate(shrink=shrink, centre=centre), update),  # type: ignore[arg-type]
+    }
+    _quiet_transformers()
+    if dry_run:
+        with _err.status("") as status:
+            _out.print(plan_table(plan_job(model, observer=_phases(status), **arguments)))
+        return
+    quiet = quiet or not is_first_process()
     if not quiet:
         _out.print(recipe_text(recipe).rstrip(), markup=False, soft_wrap=True)
     with ExitStack() as stack:
@@ -225,28 +266,11 @@ def prune(
             observers.append(bar(f"{model}, {rules.default}"))
         if verbose:
             observers.append(LineObserver(_err))
-        report = run(
-            loaded.model,
-            loaded.tokenizer,
-            calibration,
-            rules,
-            solver,
-            start_from,
-            samples=samples,
-            seqlen=seqlen,
-            batch_size=batch_size,
-            grams=grams,  # type: ignore[arg-type]
-            seed=seed,
-            blocks=blocks,
-            solver_options=options,
-            layer_step=layer_step,
-            token_cache=token_cache,
-            observer=Observers(*observers),
+        watched = Observers(*observers)
+        report = prune_to_folder(
+            model, out, resume=resume, recipe=recipe, observer=watched, **arguments
         )
-        report.settings.update(model=model, calibration=calibration, dtype=dtype)
-        report.recipe = recipe
-        save(out, loaded.model, loaded.tokenizer, report, loaded.stored_dtype)
-        if run_events is not None:
+        if run_events is not None and report is not None:
             run_events.event(
                 "end",
                 out=str(out),
@@ -256,8 +280,12 @@ def prune(
                 mask_hash=report.mask_hash,
                 warnings=report.warnings,
             )
-    _print_warnings(report)
+    if report is not None and is_first_process():
+        _print_warnings(report)
     if quiet:
+        return
+    if report is None:
+        _out.print(f"The run was complete. Written: {out}", soft_wrap=True, markup=False)
         return
     _out.print(layer_table(report))
     _out.print(
@@ -685,7 +713,7 @@ def _load_tokenizer(model: str) -> tuple[Any, Any]:
 
 def _phases(status: Status) -> Observer:
     """An observer that shows the current phase."""
-    from .prune import Observer
+    from .observer import Observer
 
     class PhaseObserver(Observer):
         def phase(self, text: str) -> None:

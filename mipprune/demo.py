@@ -16,7 +16,8 @@ from .checkpoint import write_json
 from .embedded import MODEL_NAME
 from .evaluate import perplexity
 from .models import load_model
-from .prune import Observer, layer_problem, model_environment, prune
+from .observer import Observer
+from .prune import layer_problem, model_environment, prune
 from .report import demo_plot
 
 WINDOW = 256

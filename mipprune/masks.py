@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,22 +16,10 @@ from solvers import InvalidInput, MaskProblem, MaskSolution, Status, available
 
 from .checkpoint import MASKS_FILE, load_masks
 from .models import PrunableLayer, find_blocks, load_model, prunable_layers
+from .record import Masks, mask_digest
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-Masks = Mapping[str, Tensor]
-"""By layer: bool ``[outputs, inputs]``, True = keep."""
-
-
-def mask_digest(masks: Masks) -> str:
-    """SHA-256 over the names, shapes and packed masks, in the order of the names."""
-    digest = sha256()
-    for name in sorted(masks):
-        mask = masks[name]
-        digest.update(f"{name} {tuple(mask.shape)}".encode())
-        digest.update(np.packbits(mask.cpu().numpy(), axis=1).tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from .embedded import MODEL_NAME, MODEL_PATH
 from .experts import FusedWeight, fused_weights, router_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -49,7 +50,11 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, device: torch.device, dtype: DType = "auto", trust_remote_code: bool = False
+    source: str,
+    device: torch.device,
+    dtype: DType = "auto",
+    trust_remote_code: bool = False,
+    at: torch.device | None = None,
 ) -> LoadedModel:
     """Read a causal language model and its tokenizer.
 
@@ -58,13 +63,15 @@ def load_model(
     source
         A folder, a Hugging Face hub id, or "embedded".
     device
-        Where to put the model.
+        Where the model computes.
     dtype
         To compute in. "auto" takes the stored type on a GPU and float32 on the CPU, where half
         precision is slow.
     trust_remote_code
         Run the code that the model brings along, where transformers does not know its type. It
         can do anything that you can.
+    at
+        Where to put the model for now, if not on its device.
 
     Raises
     ------
@@ -72,7 +79,58 @@ def load_model(
         If there is no such model, it is no causal language model, is quantised, or needs code of
         its own that is not trusted.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    described = describe_model(source, dtype, trust_remote_code)
+    wanted: Any = described.dtype or (torch.float32 if device.type == "cpu" else "auto")
+    with _readable(source):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            described.path,
+            dtype=wanted,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+        if found["missing_keys"]:  # transformers would go on with random values
+            raise InvalidInput(
+                f"'{source}' lacks the weight {min(found['missing_keys'])} "
+                f"({len(found['missing_keys'])} in all); get all of its files again."
+            )
+    stored = described.stored_dtype
+    return LoadedModel(
+        model=model.to(at or device).eval(),
+        tokenizer=described.tokenizer,
+        stored_dtype=stored if stored is not None else model.dtype,
+    )
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is known of a model before its weights are read.
+
+    Attributes
+    ----------
+    path
+        Its folder, or its hub id.
+    config, tokenizer
+        As transformers reads them.
+    dtype
+        To compute in; None for "auto".
+    stored_dtype
+        Type that the weights are stored in; None if the configuration does not tell.
+    """
+
+    path: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype | None
+    stored_dtype: torch.dtype | None
+
+
+def describe_model(
+    source: str, dtype: DType = "auto", trust_remote_code: bool = False
+) -> ModelDescription:
+    """Read a causal language model's configuration and tokenizer; arguments as of `load_model`."""
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if dtype != "auto" and dtype not in _DTYPES:
@@ -80,27 +138,25 @@ def load_model(
     path = str(MODEL_PATH) if source == MODEL_NAME else str(Path(source).expanduser())
     if _is_path(source) and not Path(path).is_dir():
         raise InvalidInput(f"There is no model folder at {path}.")
-    try:
+    with _readable(source):
         # Said every time: left unsaid, transformers asks at the terminal and may then run it.
-        trust = {"trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(path, **trust)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         refuse_quantised(config)
         own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own:
             raise InvalidInput(
                 f"'{source}' holds a {config.model_type} model, which is no causal language model."
             )
-        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
-        stored = config.dtype
-        wanted: Any = _DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, output_loading_info=True, **trust
-        )
-        if found["missing_keys"]:  # transformers would go on with random values
-            raise InvalidInput(
-                f"'{source}' lacks the weight {min(found['missing_keys'])} "
-                f"({len(found['missing_keys'])} in all); get all of its files again."
-            )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    return ModelDescription(path, config, tokenizer, _DTYPES.get(dtype), stored)
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Say in one sentence what transformers could not read."""
+    try:
+        yield
     except (InvalidInput, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds; all mean that its files are no model
@@ -112,11 +168,6 @@ def load_model(
         raise InvalidInput(
             f"'{source}' cannot be read as a causal language model: {_first_line(error)}"
         ) from error
-    return LoadedModel(
-        model=model.to(device).eval(),
-        tokenizer=tokenizer,
-        stored_dtype=stored if isinstance(stored, torch.dtype) else model.dtype,
-    )
 
 
 def _is_path(source: str) -> bool:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from solvers import InvalidInput
 
 from .checkpoint import finite
-from .prune import LayerResult, Observer
+from .observer import Observer
+from .record import LayerResult
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,10 @@ class Observers(Observer):
     def layer(self, block: int, result: LayerResult) -> None:
         for observer in self._observers:
             observer.layer(block, result)
+
+    def warning(self, text: str) -> None:
+        for observer in self._observers:
+            observer.warning(text)
 
 
 class RunLog(Observer):
@@ -70,6 +75,9 @@ class RunLog(Observer):
         values = asdict(result)
         values["solving"] = values.pop("seconds")
         self.event("layer", block=block, **values)
+
+    def warning(self, text: str) -> None:
+        self.event("warning", text=text)
 
 
 @contextmanager
@@ -131,6 +139,7 @@ def progress(console: Console, runs: int = 1) -> Iterator[Callable[[str], Observ
     runs
         Equally large runs that share the bar.
     """
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         Progress,
@@ -161,6 +170,9 @@ def progress(console: Console, runs: int = 1) -> Iterator[Callable[[str], Observ
 
         def phase(self, text: str) -> None:
             bar.update(task, description=text)
+
+        def warning(self, text: str) -> None:
+            bar.console.print(f"[yellow]Note:[/] {escape(text)}", soft_wrap=True)
 
         def layer(self, block: int, result: LayerResult) -> None:
             self._loss += result.loss

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .certify import LayerCertificate
     from .compare import Comparison
     from .demo import DemoRow
-    from .prune import LayerResult, PruneReport
+    from .estimate import Plan
+    from .record import LayerResult, PruneReport
     from .timing import Timing
 
 
@@ -40,6 +41,34 @@ def layer_table(report: PruneReport) -> Table:
     table.add_section()
     table.add_row("all", *_sums(report.layers))
     return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a run would need."""
+    table = Table(title="Before anything runs", box=SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("blocks", f"{plan.blocks}, each with {plan.layers} layers to prune")
+    table.add_row("weights to prune", f"{plan.weights:,}")
+    table.add_row("model", plan.placement)
+    for layers, inputs in plan.grams.items():
+        size = _bytes(8.0 * inputs**2)
+        table.add_row("Gram matrix", f"{inputs} x {inputs}, {size}: {layers}")
+    for phase, need in plan.phases.items():
+        table.add_row(f"memory, {phase}", _bytes(need))
+    table.add_row("peak memory", _bytes(plan.peak))
+    if plan.resting:
+        table.add_row("host memory besides", _bytes(plan.resting))
+    minutes, seconds = divmod(round(plan.seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    table.add_row(
+        "time, about", f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    )
+    return table
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def certificate_table(certificates: Sequence[LayerCertificate]) -> Table:

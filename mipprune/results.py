@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from solvers import InvalidInput
 from solvers.files import replaced_on_success
 
-from .checkpoint import MASKS_FILE, RECORD_FILE, write_json
+from .checkpoint import MASKS_FILE, RECORD_FILE, TIMINGS_FILE, write_json
 from .rules import Rules
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
 RECIPE_FILE = "recipe.yaml"
-TIMINGS_FILE = "timings.json"
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -1,24 +1,75 @@
-"""One pass over a model's blocks, from captured inputs to Gram matrices."""
+"""One pass over a model's blocks, from captured inputs to Gram matrices.
+
+Of the model, only the block at work needs to be on the device, see `mipprune.placement`; of the
+activations, one batch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import capture, check_replay
+from solvers import InvalidInput
+
+from .activations import Activations
+from .capture import Capture, answering, capture, hidden_output, replay
+from .errors import OutOfMemory
 from .gram import GramCollector
 from .models import PrunableLayer, prunable_layers
+from .placement import OUTSIDE, Placement
+from .ranks import ALONE, Ranks
+
+HOST_BYTES = 16 * 2**30
+"""Activations beyond this wait on disk, unless another bound is given."""
 
 
-@dataclass(frozen=True)
 class BlockStep:
-    """A block whose Gram matrices are at hand."""
+    """A block on the device.
 
-    index: int
-    layers: list[PrunableLayer]
-    grams: GramCollector
+    Attributes
+    ----------
+    index
+        Its number.
+    layers
+        Its prunable layers.
+    """
+
+    def __init__(
+        self, index: int, layers: list[PrunableLayer], collect: Callable[[], GramCollector]
+    ) -> None:
+        self.index, self.layers = index, layers
+        self._collect = collect
+        self._grams: GramCollector | None = None
+        self._changes: list[tuple[PrunableLayer, Tensor, Tensor | None]] = []
+
+    @property
+    def grams(self) -> GramCollector:
+        """Gram matrices of the layers' inputs; the block is run for them on first use."""
+        if self._grams is None:
+            self._grams = self._collect()
+        return self._grams
+
+    def prune(self, layer: PrunableLayer, mask: Tensor, weight: Tensor | None = None) -> None:
+        """When the walk goes on, set a layer's weights outside its mask to zero.
+
+        If a new weight is given, it takes the old one's place.
+        """
+        self._changes.append((layer, mask, weight))
+
+    def apply(self) -> bool:
+        """Make the changes; whether there were any."""
+        for layer, mask, weight in self._changes:
+            if weight is None:
+                layer.weight.masked_fill_(~mask.to(layer.weight.device), 0.0)
+            else:
+                layer.weight.copy_(weight)
+        return bool(self._changes)
 
 
 class BlockWalk:
@@ -26,49 +77,225 @@ class BlockWalk:
 
     Parameters
     ----------
-    model
-        In evaluation mode. Its replay is checked first, see `check_replay`.
-    blocks_name, blocks
-        From `find_blocks`.
+    placement
+        The model, in evaluation mode. Its replay is checked first, see `replay`.
     tokens
         int64 ``[windows, length]``.
     batch_size
-        Windows per forward.
+        Windows per forward. Halved if the device's memory does not suffice.
+    propagate
+        Whether a block's inputs come from the pruned blocks before it, or from the dense ones.
+    host_bytes
+        Activations beyond this wait on disk.
+    folder
+        Where on disk; None for the usual place of temporary files.
+    ranks
+        The processes that share the batches.
+    warn
+        Told when the batch size is halved.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        blocks_name: str,
-        blocks: nn.ModuleList,
+        placement: Placement,
         tokens: Tensor,
         batch_size: int,
+        *,
+        propagate: bool = True,
+        host_bytes: float = HOST_BYTES,
+        folder: Path | None = None,
+        ranks: Ranks = ALONE,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._name, self._blocks = blocks_name, blocks
+        self._placement, self._ranks, self._warn = placement, ranks, warn
+        self._name, self._blocks = placement.blocks_name, placement.blocks
+        self._propagate = propagate
         batches = torch.split(tokens, batch_size)
-        self.replay_error = check_replay(model, blocks, batches[0])
-        record = capture(model, blocks, batches)
-        self._hidden, self._calls = record.hidden, record.calls
+        if len(batches) < ranks.size:
+            raise InvalidInput(
+                f"{len(tokens)} windows in batches of {batch_size} leave some of {ranks.size} "
+                "processes without work; give a smaller batch size."
+            )
+        self._rounds = -(-len(batches) // ranks.size)
+        self._batches = list(batches[ranks.rank :: ranks.size])
+        self.quick = False
+        try:
+            with _outputs_seen(self._name, self._blocks) as self._lengths:
+                checked = replay(placement.model, self._blocks, tokens[:1], placement)
+            self.replay_error = checked.error
+            self.quick = self._passing_on_suffices(tokens[:1], checked.record)
+            record = self._capture()
+        except torch.OutOfMemoryError:
+            raise self._too_little_memory(1) from None
+        self._calls = record.calls
+        self.activations = Activations(placement.device, host_bytes, folder)
+        for hidden in record.hidden:
+            self.activations.append(hidden)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     @torch.no_grad()
-    def visit(self, index: int) -> BlockStep:
-        """Run block ``index`` as it is, collecting Gram matrices; keeps its outputs."""
-        layers = prunable_layers(self._blocks[index], f"{self._name}.{index}")
-        grams = GramCollector(layers)
-        self._outputs: list[Tensor] = []
-        for hidden, call in zip(self._hidden, self._calls[index], strict=True):
-            with grams.collecting():
-                self._outputs.append(call.run(self._blocks[index], hidden))
-        return BlockStep(index, layers, grams)
+    def __iter__(self) -> Iterator[BlockStep]:
+        """Each block on the device; what the loop's body changed feeds the next block."""
+        for index in range(len(self)):
+            with self._placement.block(index) as block:
+                step = self._step(index, block)
+                yield step
+                if not self._propagate:
+                    self._advance(index)
+                if step.apply():
+                    self._placement.keep(index)
+                if self._propagate:
+                    self._advance(index)
 
-    @torch.no_grad()
-    def leave(self, index: int, rerun: bool) -> None:
-        """Pass on to the next block: with the outputs kept, or with those of a rerun."""
-        if rerun:
-            for batch, call in enumerate(self._calls[index]):
-                self._hidden[batch] = call.run(self._blocks[index], self._hidden[batch])
-        else:
-            self._hidden = self._outputs
+    def _step(self, index: int, block: nn.Module) -> BlockStep:
+        layers = prunable_layers(block, f"{self._name}.{index}")
+
+        @torch.no_grad()
+        def collect() -> GramCollector:
+            grams = GramCollector(layers, self._ranks)
+
+            def run(batch: int) -> None:
+                with grams.collecting():
+                    self._run(index, batch)
+
+            self._for_each_batch(run)
+            if len(self.activations) < self._rounds:
+                grams.commit()
+            return grams
+
+        return BlockStep(index, layers, collect)
+
+    def _advance(self, index: int) -> None:
+        """Replace the hidden states by the block's outputs, if another block needs them."""
+        if index + 1 == len(self):
+            return
+
+        def replace(batch: int) -> None:
+            self.activations[batch] = self._run(index, batch)
+
+        self._for_each_batch(replace)
+
+    def _run(self, index: int, batch: int) -> Tensor:
+        return self._calls[index][batch].run(self._blocks[index], self.activations[batch])
+
+    def _for_each_batch(self, work: Callable[[int], None]) -> None:
+        """Work on all batches; when memory runs out, go on from there with smaller ones."""
+        batch = 0
+        while batch < len(self.activations):
+            try:
+                work(batch)
+            except torch.OutOfMemoryError:
+                batch = self._halve(batch)
+            else:
+                batch += 1
+
+    def _halve(self, done: int) -> int:
+        """Halve the batches; ``done`` in the new count."""
+        size = max(len(batch) for batch in self._batches)
+        if size == 1 or self._ranks.size > 1:
+            raise self._too_little_memory(size)
+        half = (size + 1) // 2
+        self._warn(f"Out of device memory: from here on in batches of {half} windows.")
+        finer = [torch.split(batch, half) for batch in self._batches]
+        self._batches = [part for parts in finer for part in parts]
+        self.activations = self.activations.split([len(batch) for batch in self._batches])
+        self._calls = self._capture().calls
+        return sum(len(parts) for parts in finer[:done])
+
+    def _too_little_memory(self, windows: int) -> OutOfMemory:
+        return OutOfMemory(
+            f"{self._placement.device} has too little memory for a batch of {windows} windows of "
+            f"{self._batches[0].shape[1]} tokens; give a smaller --batch-size or --seqlen "
+            "(--dry-run estimates the memory needed)."
+        )
+
+    def _capture(self) -> Capture:
+        """Arguments of all blocks and inputs of the first, for this process's batches.
+
+        Blocks only pass on what they are given, where that leads to the same arguments as
+        running them does, as it does unless a model computes arguments from hidden states.
+        """
+        model, blocks = self._placement.model, self._blocks
+        if self.quick:
+            outside = self._placement.block(OUTSIDE)
+            with outside, answering(blocks, _passing_on(self._lengths)):
+                return capture(model, blocks, self._batches)
+        with self._placement.forward():
+            return capture(model, blocks, self._batches)
+
+    def _passing_on_suffices(self, tokens: Tensor, true: Capture) -> bool:
+        """Whether these tokens give the recorded arguments when blocks only pass on."""
+        if None in self._lengths:
+            return False
+        outside = self._placement.block(OUTSIDE)
+        with outside, answering(self._blocks, _passing_on(self._lengths)):
+            quick = capture(self._placement.model, self._blocks, [tokens])
+        return all(
+            _equal(a[0].args, b[0].args) and _equal(a[0].kwargs, b[0].kwargs)
+            for a, b in zip(true.calls, quick.calls, strict=True)
+        )
+
+
+@contextmanager
+def _outputs_seen(blocks_name: str, blocks: nn.ModuleList) -> Iterator[list[int | None]]:
+    """The length of every block's output tuple, 0 for a plain tensor.
+
+    None if it never ran, or gave more than hidden states. Whatever is not finite is refused.
+    """
+    seen: list[int | None] = [None] * len(blocks)
+
+    def note(index: int) -> Any:
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[index] = 0
+            elif isinstance(output, tuple) and all(extra is None for extra in output[1:]):
+                seen[index] = len(output)
+            _must_be_finite(f"Block {index}", hidden_output(output))
+
+        return after
+
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.callback(block.register_forward_hook(note(index)).remove)
+            for layer in prunable_layers(block, f"{blocks_name}.{index}"):
+                check = partial(_check_output, f"Block {index}, layer {layer.name},")
+                stack.callback(layer.module.register_forward_hook(check).remove)
+        yield seen
+
+
+def _check_output(where: str, _: nn.Module, __: Any, output: Any) -> None:
+    if isinstance(output, Tensor):
+        _must_be_finite(where, output)
+
+
+def _must_be_finite(where: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise InvalidInput(
+            f"{where} gives NaN or infinite values in the dense model; mend its weights or try "
+            "another dtype, such as bfloat16 or float32. Nothing was pruned."
+        )
+
+
+def _passing_on(lengths: list[int | None]) -> Callable[[int, Tensor], object]:
+    """Blocks give out the hidden states that they are given, in the form of their own outputs."""
+
+    def answer(index: int, hidden: Tensor) -> object:
+        length = lengths[index]
+        return (hidden, *[None] * (length - 1)) if length else hidden
+
+    return answer
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two blocks' arguments are the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return a is b or bool(a == b)

@@ -18,11 +18,11 @@ def replaced_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _beside(target) as holder:
         temporary = holder / target.name
         yield temporary
-        _give_usual_permissions(temporary)
+        give_usual_permissions(temporary)
         os.replace(temporary, target)
 
 
-def _give_usual_permissions(path: Path) -> None:
+def give_usual_permissions(path: Path) -> None:
     """Files as the user's umask wants them; some writers leave them readable by nobody else."""
     mask = os.umask(0)
     os.umask(mask)
@@ -30,6 +30,15 @@ def _give_usual_permissions(path: Path) -> None:
     for file in files:
         if file.is_file():
             file.chmod(0o666 & ~mask)
+
+
+def to_disk(path: Path) -> None:
+    """Have a file's or folder's content on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

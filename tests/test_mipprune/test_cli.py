@@ -180,6 +180,35 @@ def test_tokens_are_a_calibration_text(run, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_a_run_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
+    from mipprune.journal import FileJournal
+
+    out, arguments = tmp_path / "out", ["--sparsity", "0.6", "--solver", "wanda", *FAST]
+    append, records = FileJournal._append, []
+
+    def stop(self, payload):
+        append(self, payload)
+        records.append(payload)
+        if len(records) == 9:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileJournal, "_append", stop)
+        with pytest.raises(MemoryError):
+            run("prune", "embedded", "--out", out, *arguments)
+    code, _, errors = run("prune", "embedded", "--out", out, *arguments)
+    assert code == 2
+    assert "give --resume" in errors
+    assert run("prune", "embedded", "--out", out, "--resume", *arguments)[0] == 0
+    assert run("prune", "embedded", "--out", tmp_path / "whole", "--stream", *arguments)[0] == 0
+    records = [
+        json.loads((tmp_path / name / "mipprune.json").read_text()) for name in ("out", "whole")
+    ]
+    recipes = [record.pop("recipe") for record in records]
+    assert "resume" not in recipes[0]
+    assert records[0] == records[1]
+
+
 def test_problem_writes_a_layer(run, tmp_path):
     out = tmp_path / "layer.safetensors"
     layer = "model.layers.2.mlp.down_proj"

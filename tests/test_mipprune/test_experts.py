@@ -11,6 +11,7 @@ from mipprune.capture import ReplayMismatch, capture, check_replay
 from mipprune.experts import ProductWatch, all_fused_weights, fused_weights, router_weights, watched
 from mipprune.gram import GramCollector
 from mipprune.models import find_blocks, prunable_layers
+from mipprune.placement import Placement
 from mipprune.prune import all_layers
 from mipprune.walk import BlockWalk
 from solvers import NM, InvalidInput, MaskProblem, PerRow, solve
@@ -35,11 +36,11 @@ def test_experts_see_the_tokens_routed_to_them(family):
     experts, (up, down) = fused[0].module, fused
     calls = []
     with torch.no_grad():
-        walk = BlockWalk(model, name, blocks, TOKENS, batch_size=2)
-        walk.visit(0), walk.leave(0, rerun=False)
-        walk.visit(1), walk.leave(1, rerun=False)
+        steps = iter(BlockWalk(Placement(model), TOKENS, batch_size=2))
+        next(steps), next(steps)
+        step = next(steps)
         hook = experts.register_forward_hook(lambda _, args, out: calls.append((*args, out)))
-        step = walk.visit(2)
+        assert step.grams
         hook.remove()
         hidden, indices, weights, outputs = (torch.cat(parts) for parts in zip(*calls, strict=True))
         hidden, outputs = hidden.reshape(-1, 32), outputs.reshape(-1, 32)
@@ -69,7 +70,8 @@ def test_zero_rows_stand_for_tokens_routed_elsewhere():
     up, down = all_fused_weights(blocks[0], f"{name}.0")
     calls = []
     hook = up.module.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
-    step = BlockWalk(model, name, blocks, TOKENS, batch_size=8).visit(0)
+    step = next(iter(BlockWalk(Placement(model), TOKENS, batch_size=8)))
+    assert step.grams
     hook.remove()
     inputs = calls[-1].reshape(len(up), -1, 32).double()
     grams = {layer.name: step.grams.gram(layer) for layer in step.layers}
@@ -86,12 +88,9 @@ def test_zero_rows_stand_for_tokens_routed_elsewhere():
 @pytest.mark.parametrize("family", MIXTURES)
 def test_every_routed_token_is_seen_once(family):
     model = tiny_model(family)
-    name, blocks = find_blocks(model)
     index = 1 if family == "jamba" else 2  # jamba's other blocks are dense
-    walk = BlockWalk(model, name, blocks, TOKENS, batch_size=5)
-    for before in range(index):
-        walk.visit(before), walk.leave(before, rerun=False)
-    step = walk.visit(index)
+    steps = iter(BlockWalk(Placement(model), TOKENS, batch_size=5))
+    step = [next(steps) for _ in range(index + 1)][index]
     tokens = {}
     for layer in step.layers:
         if layer.fused or ".experts." in layer.name:
@@ -125,14 +124,13 @@ def test_mixtures_are_pruned_saved_and_read_again(family, tmp_path, embedded):
 
 def test_an_expert_with_few_tokens_is_shrunk_towards_the_identity_and_listed():
     model = tiny_model("mixtral")
-    name, blocks = find_blocks(model)
     tokens = TOKENS[:1, :12]
-    step = BlockWalk(model, name, blocks, tokens, batch_size=1).visit(0)
+    step = next(iter(BlockWalk(Placement(model), tokens, batch_size=1)))
     shrunk = [layer for layer in step.layers if step.grams.gram(layer).note]
     assert shrunk
     for layer in shrunk:
         gram = step.grams.gram(layer)
-        own = step.grams._sum[step.grams._owner[layer.name]] / gram.tokens
+        own = step.grams._sum[step.grams._owner[layer.name]]
         d = len(own)
         expected = gram.tokens / d * own
         expected += (1 - gram.tokens / d) * own.trace() / d * torch.eye(d)

@@ -103,7 +103,7 @@ def test_a_pickle_in_place_of_weights_is_not_run(folder, tmp_path):
 
 def test_damaged_masks_are_refused_or_read(tmp_path):
     file, chance = tmp_path / MASKS_FILE, random.Random(0)
-    save_masks(file, {f"layer{i}": torch.rand(6, 13) < 0.5 for i in range(3)})
+    save_masks(file, {f"layer{i}": torch.rand(60, 13) < 0.5 for i in range(3)})
     content = file.read_bytes()
     kinds = {"refused": 0, "read": 0}
     for _ in range(300):

@@ -5,6 +5,7 @@ from torch import nn
 
 from mipprune.gram import GramCollector
 from mipprune.models import PrunableLayer, find_blocks, prunable_layers
+from mipprune.placement import Placement
 from mipprune.walk import BlockWalk
 from solvers import InvalidInput
 
@@ -26,22 +27,19 @@ def test_gram_is_that_of_the_layers_inputs(family):
         model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    walk = BlockWalk(model, name, blocks, tokens, batch_size=2)
-    for index in range(len(walk)):
-        step = walk.visit(index)
+    for step in BlockWalk(Placement(model), tokens, batch_size=2):
         for layer in step.layers:
             x = torch.cat(seen[layer.name]).reshape(-1, layer.weight.shape[1]).double()
             gram = step.grams.gram(layer)
             assert gram.tokens == len(x) == tokens.numel()
             assert torch.allclose(gram.matrix, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
-        walk.leave(index, rerun=False)
 
 
 def test_layers_with_one_input_share_one_matrix():
     model = tiny_model("llama")
-    name, blocks = find_blocks(model)
-    step = BlockWalk(model, name, blocks, tiny_tokens(), batch_size=5).visit(0)
-    owners = {layer.name.rpartition(".")[2]: step.grams._owner[layer.name] for layer in step.layers}
+    step = next(iter(BlockWalk(Placement(model), tiny_tokens(), batch_size=5)))
+    grams = step.grams
+    owners = {layer.name.rpartition(".")[2]: grams._owner[layer.name] for layer in step.layers}
     assert owners["q_proj"] == owners["k_proj"] == owners["v_proj"]
     assert owners["gate_proj"] == owners["up_proj"]
     assert len(set(owners.values())) == 4
@@ -61,3 +59,10 @@ def test_an_overflow_is_named():
         layer.module(torch.full((3, 4), 1e30))
     with pytest.raises(InvalidInput, match="inputs of layer wide are NaN, infinite or overflow"):
         grams.gram(layer)
+
+
+def test_no_gradients_are_kept():
+    step = next(iter(BlockWalk(Placement(tiny_model("llama")), tiny_tokens(), batch_size=5)))
+    gram = step.grams.gram(step.layers[0])
+    assert not gram.matrix.requires_grad
+    assert not gram.mean.requires_grad

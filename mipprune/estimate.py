@@ -1,0 +1,292 @@
+"""What a run will need, before it is run: blocks, Gram matrices, peak memory, time.
+
+One window is run through the first block, which shows what layers share an input and how long a
+block takes; a few rows of each of its layers are solved. Memory follows from shapes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from solvers import MaskProblem, get_solver, solve
+
+from .calibration import Windows
+from .capture import Call, answering, capture
+from .gram import Gram, GramCollector
+from .models import PrunableLayer, coverage, prunable_layers
+from .placement import OUTSIDE, FromFolder, FromHost, Placement
+from .settings import Settings
+
+DOUBLE, SINGLE = 8, 4
+_SAMPLE_ROWS = 128
+_SEARCH_GRAMS, _SEARCH_WEIGHTS = 1.5, 6.0
+"""Copies that a search makes of a layer's Gram matrix and weight, in float64."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    Attributes
+    ----------
+    blocks, layers, weights
+        Blocks, layers in a block, and prunable weights in all.
+    grams
+        Inputs of each Gram matrix of a block, with the layers that share it.
+    placement
+        Where the weights are meanwhile.
+    phases
+        Most bytes at once in each phase, on the device where blocks are run.
+    resting
+        Bytes of host memory besides, if that device is not the host.
+    seconds
+        Estimated time of the whole run.
+    """
+
+    blocks: int
+    layers: int
+    weights: int
+    grams: dict[str, int]
+    placement: str
+    phases: dict[str, float]
+    resting: float
+    seconds: float
+
+    @property
+    def peak(self) -> float:
+        """Estimated peak memory in bytes, on the device where blocks are run."""
+        return max(self.phases.values())
+
+
+def plan(
+    placement: Placement, windows: Windows, settings: Settings, host_bytes: float = float("inf")
+) -> Plan:
+    """Estimate a run's memory and time.
+
+    Parameters
+    ----------
+    placement
+        The model; nothing of it is changed.
+    windows
+        Calibration tokens.
+    settings
+        Of the run.
+    host_bytes
+        Activations beyond this wait on disk.
+    """
+    first = _FirstBlock.run(placement, windows.tokens[:1])
+    seconds = _seconds(first, placement, windows, settings)
+    shapes = [tuple(layer.weight.shape) for layer in first.layers]
+    blocks, (count, length) = len(placement.blocks), windows.tokens.shape
+    covered = coverage(placement.blocks_name, placement.blocks)
+    phases, resting = _memory(
+        placement, first, shapes, settings, (count, length), covered.prunable, host_bytes
+    )
+    return Plan(
+        blocks=blocks,
+        layers=len(shapes),
+        weights=covered.prunable,
+        grams=first.shared_inputs(),
+        placement=_PLACES[type(placement)],
+        phases=phases,
+        resting=resting,
+        seconds=seconds,
+    )
+
+
+_PLACES = {
+    Placement: "all in memory",
+    FromHost: "in host memory, one block at a time on the device",
+    FromFolder: "in the folder, one block at a time in memory",
+}
+
+
+@dataclass(frozen=True)
+class _FirstBlock:
+    """The first block with one window run through it."""
+
+    layers: list[PrunableLayer]
+    weights: dict[str, Tensor]
+    grams: dict[str, Gram]
+    owners: dict[str, str]
+    hidden: Tensor
+    load_seconds: float
+    forward_seconds: float
+    collect_seconds: float
+
+    @classmethod
+    @torch.no_grad()
+    def run(cls, placement: Placement, window: Tensor) -> _FirstBlock:
+        began = time.perf_counter()
+        with placement.block(0) as block:
+            loaded = time.perf_counter() - began
+            given: list[object] = []
+            handle = block.register_forward_hook(lambda _, __, output: given.append(output))
+            others = answering(placement.blocks[1:], lambda *_: given[-1])
+            with placement.block(OUTSIDE), others:
+                record = capture(placement.model, nn.ModuleList([block]), [window])
+            handle.remove()
+            hidden, call = record.hidden[0], record.calls[0][0]
+            layers = prunable_layers(block, f"{placement.blocks_name}.0")
+            collector = GramCollector(layers)
+            forward = _timed(lambda: call.run(block, hidden))
+            collect = _timed(lambda: _collect(collector, call, block, hidden))
+            owners = collector.owners
+            grams = {x.name: collector.gram(x) for x in layers if owners.get(x.name) == x.name}
+            weights = {layer.name: layer.weight[:_SAMPLE_ROWS].clone() for layer in layers}
+        return cls(layers, weights, grams, owners, hidden, loaded, forward, collect)
+
+    def shared_inputs(self) -> dict[str, int]:
+        """Inputs of each Gram matrix, by the layers that share it."""
+        shared: dict[str, list[str]] = {}
+        for name, owner in self.owners.items():
+            shared.setdefault(owner, []).append(name.rpartition(".")[2])
+        return {", ".join(shared[owner]): len(gram.matrix) for owner, gram in self.grams.items()}
+
+
+def _collect(collector: GramCollector, call: Call, block: nn.Module, hidden: Tensor) -> None:
+    with collector.collecting():
+        call.run(block, hidden)
+
+
+def _seconds(
+    first: _FirstBlock, placement: Placement, windows: Windows, settings: Settings
+) -> float:
+    """Blocks times what the first one takes; layers by a sample of their rows."""
+    count = len(windows.tokens)
+    per_block = count * (first.collect_seconds + first.forward_seconds)
+    per_block += 6 * (first.load_seconds + first.forward_seconds)
+    known: dict[tuple[str, int], float] = {}
+    for layer in first.layers:
+        owner, rows = first.owners.get(layer.name, ""), layer.weight.shape[0]
+        if (owner, rows) not in known:
+            known[owner, rows] = _layer_seconds(first, layer.name, owner, rows, settings)
+        per_block += known[owner, rows]
+    return len(placement.blocks) * per_block
+
+
+def _layer_seconds(
+    first: _FirstBlock, name: str, owner: str, rows: int, settings: Settings
+) -> float:
+    """A layer's time: that of its Gram matrix, and of all rows by two samples of them."""
+    pattern = settings.rules.pattern_for(name)
+    if owner not in first.grams or pattern is None:
+        return 0.0
+    began = time.perf_counter()
+    problem = MaskProblem(first.weights[name], first.grams[owner].matrix, pattern)
+    seconds = time.perf_counter() - began
+
+    def solved(part: MaskProblem) -> float:
+        start = settings.start if settings.start in settings.solvers else None
+        options = settings.solver_options
+        if "mean" in get_solver(settings.solver).options():
+            options = {"mean": first.grams[owner].mean, **options}
+        return _timed(
+            lambda: solve(part, settings.solver, start=start, seed=settings.seed, **options)
+        )
+
+    few, most = problem.rows(slice(max(1, problem.shape[0] // 4))), problem
+    solved(few)  # imports and compilation are not part of the time
+    once, again = solved(few), solved(most)
+    if most.shape[0] > few.shape[0]:
+        per_row = max(0.0, again - once) / (most.shape[0] - few.shape[0])
+        again += per_row * (rows - most.shape[0])
+    return seconds + again
+
+
+def _memory(
+    placement: Placement,
+    first: _FirstBlock,
+    shapes: list[tuple[int, ...]],
+    settings: Settings,
+    windows: tuple[int, int],
+    prunable: int,
+    host_bytes: float,
+) -> tuple[dict[str, float], float]:
+    """Bytes at once in each phase on the device, and bytes resting on the host besides."""
+    count, length = windows
+    item = first.hidden.element_size()
+    on_host = placement.device.type == "cpu"
+    whole = type(placement) is Placement
+    model = sum(p.numel() for p in placement.model.parameters()) * item
+    block = sum(p.numel() for p in placement.blocks[0].parameters()) * item
+    outside = model - len(placement.blocks) * block
+    hidden = min(count * length * first.hidden.shape[-1] * item, host_bytes)
+    masks = prunable / 8
+    vocabulary = getattr(placement.model.config, "vocab_size", 0)
+    widest = max(rows + inputs for rows, inputs in shapes)
+    batch = settings.batch_size * length * (widest + 4 * first.hidden.shape[-1]) * item
+    squares = sum(len(gram.matrix) ** 2 for gram in first.grams.values())
+    largest = max(first.grams.values(), key=lambda gram: len(gram.matrix), default=None)
+    d = 0 if largest is None else len(largest.matrix)
+    weight = max(rows * inputs for rows, inputs in shapes)
+    checking = (3 + 1) * DOUBLE * d**2
+    searching: float = DOUBLE * d**2
+    if settings.start is not None:
+        searching += DOUBLE * (_SEARCH_GRAMS * d**2 + _SEARCH_WEIGHTS * weight)
+    evaluating = 3 * DOUBLE * weight + DOUBLE * d**2
+    base = _resident_now() if on_host else 0.0
+    here = base + (hidden if on_host else 0.0)
+    here += model if whole and not on_host else 0.0
+    loaded = 0.0 if whole else (block if on_host else 2 * block)
+    phases = {
+        "replay check": base + (0 if whole else outside) + loaded + 2 * length * vocabulary * item,
+        "Gram matrices": here + loaded + batch + (DOUBLE + SINGLE) * squares,
+        "solving": here
+        + loaded
+        + DOUBLE * squares
+        + max(checking, searching, evaluating)
+        + (masks if on_host else 0),
+        "writing": base + 2 * masks + (2 * outside if isinstance(placement, FromFolder) else 0),
+    }
+    if not on_host:
+        del phases["writing"]
+    resting = 0.0 if on_host else _resident_now() + hidden + masks
+    return phases, resting
+
+
+def _resident_now() -> float:
+    """Bytes of host memory that this process has now; 0 where it is not told."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def choose_batch(placement: Placement, length: int) -> int:
+    """Windows per forward by the free memory of the GPU, a power of two; 8 on the CPU.
+
+    A block's weights (and the next one's, on their way), its Gram matrices and the widest
+    activations have to fit in 80 % of what is free.
+    """
+    if placement.device.type != "cuda":
+        return DEFAULT_BATCH
+    shapes = [layer.weight.shape for layer in prunable_layers(placement.blocks[0], "")]
+    item = next(placement.model.parameters()).element_size()
+    block = sum(p.numel() for p in placement.blocks[0].parameters()) * item
+    squares = sum(d**2 for d in {d for _, d in shapes}) + max(d for _, d in shapes) ** 2
+    free = 0.8 * torch.cuda.mem_get_info(placement.device)[0]
+    free -= 2 * block + (DOUBLE + SINGLE) * squares
+    window = length * sum(rows + inputs for rows, inputs in shapes) * item
+    batch = 1
+    while batch < MOST_BATCH and 2 * batch * window <= free:
+        batch *= 2
+    return batch
+
+
+DEFAULT_BATCH, MOST_BATCH = 8, 64

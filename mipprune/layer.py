@@ -1,0 +1,245 @@
+"""One layer: its problem, solved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers import (
+    InvalidInput,
+    MaskProblem,
+    MaskSolution,
+    Pattern,
+    Status,
+    get_solver,
+    solve,
+    updated_loss,
+)
+from solvers.saliency import Saliency
+
+from .errors import OutOfMemory
+from .gram import Gram
+from .masks import StartMasks
+from .models import PrunableLayer
+from .ranks import ALONE, Ranks
+from .record import REFERENCE, LayerResult, PrunedLayer
+from .settings import CURRENT, Settings
+from .surrogate import Inputs
+
+_ZERO_TOKENS = "saw no calibration token: pruned by magnitude"
+
+_RANK = (
+    Status.TIME_LIMIT,
+    Status.ITERATION_LIMIT,
+    Status.FEASIBLE,
+    Status.LOCAL_OPTIMUM,
+    Status.OPTIMAL,
+)
+"""What is claimed about a whole is the least that is claimed about a part."""
+
+
+def check_layer(layer: PrunableLayer, settings: Settings) -> Pattern:
+    """The pattern of a layer that is to be pruned; `InvalidInput` if it cannot be.
+
+    Of a layer on the meta device, only the shape is looked at.
+    """
+    pattern = settings.rules.pattern_for(layer.name)
+    assert pattern is not None, "only layers that are pruned are checked"
+    for name in settings.solvers:
+        reason = get_solver(name).unable(pattern)
+        if reason is not None:
+            raise InvalidInput(reason)
+    if isinstance(settings.start, StartMasks):
+        settings.start.check(layer)
+    rows, inputs = layer.weight.shape
+    try:
+        pattern.check((rows, inputs))
+    except InvalidInput as error:
+        raise InvalidInput(f"Layer {layer.name}: {error}") from None
+    if layer.weight.is_meta:
+        return pattern
+    if not bool(torch.isfinite(layer.weight).all()):
+        raise InvalidInput(f"Layer {layer.name} has NaN or infinite weights; mend the model first.")
+    if settings.start == CURRENT:
+        mask = layer.weight != 0
+        if not pattern.is_feasible(mask):
+            raise InvalidInput(
+                f"Layer {layer.name} has {1 - float(mask.double().mean()):.1%} zeros, which do not "
+                f"follow the pattern {pattern}; start from a solver's mask, such as wanda."
+            )
+    return pattern
+
+
+class LayerSolver:
+    """Solves layers, in pieces where processes share the rows or memory asks for it.
+
+    Parameters
+    ----------
+    settings
+        Pattern, solver and start.
+    ranks
+        The processes that share the rows.
+    warn
+        Told when rows have to be solved in smaller pieces.
+    """
+
+    def __init__(
+        self, settings: Settings, ranks: Ranks = ALONE, warn: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._settings, self._ranks, self._warn = settings, ranks, warn
+        self._pieces = 1
+        solver = get_solver(settings.solver, **settings.solver_options)
+        # Saliencies take no time worth sharing, and some look at all rows.
+        self._sharable = not isinstance(solver, Saliency)
+
+    def __call__(self, layer: PrunableLayer, gram: Gram) -> PrunedLayer:
+        """A layer's result, mask and new weight; its weight in the model is left as it is.
+
+        Raises
+        ------
+        OutOfMemory
+            If the device's memory does not suffice for a single row.
+        """
+        began = time.perf_counter()
+        settings, step = self._settings, self._settings.layer_step
+        pattern = check_layer(layer, settings)
+        inputs = Inputs(gram.matrix, gram.mean)
+        plain = MaskProblem(layer.weight, gram.matrix, pattern)
+        problem = plain
+        if not step.surrogate.plain:
+            problem = step.problem(layer.weight, inputs, pattern)
+        note, start = gram.note, None
+        if gram.tokens == 0:
+            note = _ZERO_TOKENS
+            solution = solve(problem, "magnitude", seed=settings.seed)
+        else:
+            start = self._start(layer, problem)
+            options = settings.solver_options
+            if "mean" in get_solver(settings.solver).options():
+                options = {"mean": gram.mean, **options}
+            solution = self._solve(problem, start, options)
+        weight = None
+        if not step.keeps_weights:
+            weight = step.updated(layer.weight, inputs, solution.mask)
+        seconds = time.perf_counter() - began
+
+        by_plain_loss = problem is plain
+        loss = float(
+            (solution.objective if by_plain_loss else plain.objective(solution.mask)).sum()
+        )
+        loss_start = None if start is None else float(plain.objective(start).sum())
+        if by_plain_loss and settings.start == REFERENCE and loss_start is not None:
+            reference = loss_start
+        elif by_plain_loss and settings.solver == REFERENCE and gram.tokens:
+            reference = loss
+        else:
+            reference = float(solve(plain, REFERENCE).objective.sum())
+        after = loss
+        if weight is not None:
+            after = float(updated_loss(layer.weight, gram.matrix, weight).sum())
+        energy = float(plain.output_energy().sum())
+        rows, columns = plain.shape
+        result = LayerResult(
+            name=layer.name,
+            rows=rows,
+            inputs=columns,
+            tokens=gram.tokens,
+            dead_inputs=int((gram.matrix.diagonal() == 0).sum()),
+            sparsity=1.0 - float(solution.mask.double().mean()),
+            loss_start=loss_start,
+            loss=loss,
+            updated_loss=after,
+            loss_reference=reference,
+            surrogate_loss=float(solution.objective.sum()),
+            relative_error=after / energy if energy > 0 else 0.0,
+            status=solution.status.name,
+            seconds=seconds,
+            stats=solution.stats,
+            note=note,
+        )
+        return PrunedLayer(result, solution.mask, weight)
+
+    def _start(self, layer: PrunableLayer, problem: MaskProblem) -> Tensor | None:
+        start = self._settings.start
+        if start is None:
+            return None
+        if isinstance(start, StartMasks):
+            return start.solution(layer.name, problem).mask
+        if start == CURRENT:
+            return layer.weight != 0
+        return solve(problem, start, seed=self._settings.seed).mask
+
+    def _rows_apart(self, problem: MaskProblem) -> bool:
+        """Whether rows may be solved in several pieces."""
+        return self._sharable and not problem.pattern.coupled
+
+    def _solve(
+        self, problem: MaskProblem, start: Tensor | None, options: dict[str, Any]
+    ) -> MaskSolution:
+        ranks, rows = self._ranks, torch.arange(problem.shape[0])
+        if ranks.size == 1 or not self._rows_apart(problem) or len(rows) < ranks.size:
+            return self._solve_rows(problem, start, options, rows)
+        mine = self._solve_rows(problem, start, options, rows.tensor_split(ranks.size)[ranks.rank])
+        portable = replace(mine, mask=mine.mask.cpu(), objective=mine.objective.cpu(), trace=())
+        return _joined(ranks.gather_objects(portable), problem.device)
+
+    def _solve_rows(
+        self, problem: MaskProblem, start: Tensor | None, options: dict[str, Any], rows: Tensor
+    ) -> MaskSolution:
+        """Solve some rows, in ever more pieces until the device's memory suffices."""
+        while True:
+            try:
+                return _joined(
+                    [
+                        self._solve_piece(problem, start, options, part)
+                        for part in rows.tensor_split(self._pieces)
+                    ],
+                    problem.device,
+                )
+            except torch.OutOfMemoryError:
+                if not self._rows_apart(problem) or 2 * self._pieces > len(rows):
+                    raise OutOfMemory(
+                        f"{problem.device} has too little memory to solve {self._pieces} of "
+                        f"{len(rows)} rows of {problem.shape[1]} inputs; use a larger device or "
+                        "--device cpu (--dry-run estimates the memory needed)."
+                    ) from None
+            self._pieces *= 2
+            self._warn(
+                f"Out of device memory: from here on rows are solved in {self._pieces} pieces."
+            )
+
+    def _solve_piece(
+        self, problem: MaskProblem, start: Tensor | None, options: dict[str, Any], rows: Tensor
+    ) -> MaskSolution:
+        whole = len(rows) == problem.shape[0]
+        part = problem if whole else problem.rows(rows)
+        begin = start if whole or start is None else start[rows.to(start.device)]
+        settings = self._settings
+        return solve(part, settings.solver, start=begin, seed=settings.seed, **options)
+
+
+def _joined(parts: Sequence[MaskSolution], device: torch.device) -> MaskSolution:
+    """Solutions of some rows each as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return MaskSolution(
+        mask=torch.cat([part.mask.to(device) for part in parts]),
+        objective=torch.cat([part.objective.to(device) for part in parts]),
+        status=min((part.status for part in parts), key=_RANK.index),
+        solver=parts[0].solver,
+        stats={key: _summed([part.stats.get(key) for part in parts]) for key in parts[0].stats},
+    )
+
+
+def _summed(values: Sequence[Any]) -> Any:
+    """Counts added up; of other numbers the one furthest from zero; else the first."""
+    if all(isinstance(value, int) for value in values):
+        return sum(values)
+    if all(isinstance(value, (int, float)) for value in values):
+        return max(values, key=abs)
+    return values[0]

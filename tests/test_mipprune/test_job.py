@@ -1,0 +1,273 @@
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import tiny_model, tiny_tokens
+
+import mipprune
+from mipprune.calibration import Windows
+from mipprune.checkpoint import TIMINGS_FILE
+from mipprune.folder import NotStreamable
+from mipprune.job import open_model, prune_to_folder
+from mipprune.journal import FileJournal
+from mipprune.placement import FromFolder, Placement
+from solvers import NM, InvalidInput, PerRow
+
+WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny model's folder; its tokenizer is another model's and not used."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(folder)
+    mipprune.load_model("embedded", CPU).tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(source, out, pattern=None, calibration=WINDOWS, **options):
+    options = {"samples": 8, "batch_size": 3, **options}
+    return prune_to_folder(source, out, calibration, pattern or NM(2, 4), **options)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != TIMINGS_FILE}
+
+
+def test_the_folder_is_the_same_whether_the_model_was_streamed(source, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    whole = run(source, tmp_path / "whole", stream=False)
+    streamed = run(source, tmp_path / "streamed", stream=True)
+    assert streamed.mask_hash == whole.mask_hash
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").state_dict()
+        for name in ("whole", "streamed")
+    ]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert models[0]["lm_head.weight"].dtype == torch.bfloat16
+    whole, streamed = content(tmp_path / "whole"), content(tmp_path / "streamed")
+    for name in ("masks.safetensors", "mipprune.json", "config.json", "generation_config.json"):
+        assert whole[name] == streamed[name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]
+    assert len({path.stat().st_mode for path in (tmp_path / "streamed").iterdir()}) == 1
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import test_job as t
+from mipprune import journal, work
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def within_a_record(n):
+    append, count = journal.FileJournal._append, 0
+    def torn(self, payload):
+        nonlocal count
+        count += 1
+        if count == n:
+            self._open.write(journal._HEAD.pack(journal._MAGIC, len(payload), b"?" * 32))
+            self._open.write(payload[: len(payload) // 2])
+            self._open.flush()
+            die()
+        append(self, payload)
+    journal.FileJournal._append = torn
+
+def after_a_record(n):
+    append, count = journal.FileJournal._append, 0
+    def last(self, payload):
+        nonlocal count
+        append(self, payload)
+        count += 1
+        count == n and die()
+    journal.FileJournal._append = last
+
+def before_the_rename():
+    work.os = type("os", (), {**vars(os), "replace": lambda *_: die()})
+
+def after_the_rename():
+    work.WorkFolder._remove = lambda _: die()
+
+ends = {
+    "begin": lambda: within_a_record(1),
+    "torn": lambda: within_a_record(7),
+    "middle": lambda: after_a_record(15),
+    "unnamed": before_the_rename,
+    "named": after_the_rename,
+}
+children = {}
+for name, end in ends.items():
+    if (child := os.fork()) == 0:
+        end()
+        t.run(sys.argv[2], f"{sys.argv[3]}/{name}", stream=name != "middle", solver="ria")
+        os._exit(1)
+    children[child] = name
+for child, name in children.items():
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, name
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_folder(source, tmp_path):
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join([*sys.path, os.path.dirname(here)])
+    subprocess.run(
+        [sys.executable, "-c", KILLED, here, source, tmp_path],
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    whole = {}
+    for stream in (True, False):
+        run(source, tmp_path / f"{stream}", stream=stream, solver="ria")
+        whole[stream] = content(tmp_path / f"{stream}")
+    for name in ("begin", "torn", "middle", "unnamed", "named"):
+        stream = name != "middle"
+        report = run(source, tmp_path / name, stream=stream, solver="ria", resume=True)
+        assert (report is None) == (name in ("unnamed", "named"))
+        found, expected = content(tmp_path / name), whole[stream]
+        assert found.keys() == expected.keys()
+        assert [file for file in found if found[file] != expected[file]] == [], name
+        assert not (tmp_path / f"{name}.partial").exists()
+
+
+def interrupted(source, out, monkeypatch, after=5, error=None):
+    """A run that ended at its n-th layer."""
+    finish, count = FileJournal.finish, []
+
+    def fail(*args):
+        count.append(None)
+        if len(count) > after:
+            raise error or KeyboardInterrupt
+        finish(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileJournal, "finish", fail)
+        with pytest.raises(InvalidInput if error else KeyboardInterrupt) as caught:
+            run(source, out)
+    return str(caught.value)
+
+
+def test_an_unfinished_run_is_not_overwritten(source, tmp_path, monkeypatch):
+    interrupted(source, tmp_path / "out", monkeypatch)
+    with pytest.raises(InvalidInput, match="holds an unfinished run; give --resume"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "'seed' is 1 now but was 0"),
+        ({"pattern": PerRow(sparsity=0.5)}, r"'pattern\.\w+' is"),
+        ({"solver": "wanda"}, "'solver' is 'wanda' now but was 'swap'"),
+        ({"solver_options": {"candidates": 1}}, r"'solver_options.candidates' is 1 now"),
+        ({"batch_size": 4}, "'batch_size' is 4 now but was 3"),
+        ({"grams": "dense"}, "'grams' is 'dense' now"),
+        ({"dtype": "bfloat16"}, "'dtype' is 'bfloat16' now"),
+        (
+            {"calibration": Windows(tiny_tokens(windows=8, length=32, seed=1), "random tokens")},
+            "'calibration tokens.sha256' is",
+        ),
+    ],
+)
+def test_changed_settings_are_refused_by_name(source, tmp_path, monkeypatch, change, named):
+    interrupted(source, tmp_path / "out", monkeypatch)
+    journal = (tmp_path / "out.partial" / "journal").read_bytes()
+    with pytest.raises(InvalidInput, match=named):
+        run(source, tmp_path / "out", resume=True, **change)
+    assert (tmp_path / "out.partial" / "journal").read_bytes() == journal
+
+
+def test_a_changed_model_is_refused_by_its_layer(source, tmp_path, monkeypatch):
+    interrupted(source, tmp_path / "out", monkeypatch)
+    loaded = mipprune.load_model(source, CPU)
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.gate_proj.weight[0, 0] += 1
+    opened = open_model(source, CPU, stream=False)
+    opened.model.load_state_dict(loaded.model.state_dict())
+    monkeypatch.setattr("mipprune.job.open_model", lambda *_, **__: opened)
+    with pytest.raises(InvalidInput, match=r"layer model\.layers\.0\.mlp\.gate_proj is not"):
+        run(source, tmp_path / "out", resume=True)
+
+
+def test_one_process_at_a_time(source, tmp_path, monkeypatch):
+    from mipprune.work import WorkFolder
+
+    interrupted(source, tmp_path / "out", monkeypatch)
+    first = WorkFolder(tmp_path / "out", resume=True)
+    with pytest.raises(InvalidInput, match="Another process is at work on"):
+        run(source, tmp_path / "out", resume=True)
+    first._release()
+    racing = [WorkFolder(tmp_path / "other") for _ in range(2)]
+    racing[0].create()
+    with pytest.raises(InvalidInput, match="Another process has just begun"):
+        racing[1].create()
+    racing[0]._release()
+    assert run(source, tmp_path / "out", resume=True).sparsity == 0.5
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_later(source, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "")
+    said = interrupted(source, tmp_path / "out", monkeypatch, error=full)
+    assert "out cannot be written (no space left on device); mend that" in said
+    assert "--resume" in said
+    # a real limit, met by the library that writes the weights
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        with pytest.raises(InvalidInput, match="cannot be written"):
+            run(source, tmp_path / "out", resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "out").exists()
+    run(source, tmp_path / "out", resume=True)
+    run(source, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_run_that_is_refused_leaves_nothing(source, tmp_path):
+    opened = open_model(source, CPU, stream=False)
+    with torch.no_grad():
+        opened.model.model.layers[1].mlp.up_proj.weight.fill_(1e30)
+    opened.model.save_pretrained(tmp_path / "wild")
+    opened.tokenizer.save_pretrained(tmp_path / "wild")
+    with pytest.raises(InvalidInput, match=r"layer model\.layers\.1\.mlp\.down_proj .*overflow"):
+        run(str(tmp_path / "wild"), tmp_path / "out", stream=True)
+    opened.model.model.layers[2].self_attn.o_proj.weight.data.fill_(torch.nan)
+    opened.model.save_pretrained(tmp_path / "wild")
+    with pytest.raises(InvalidInput, match=r"Block 2, layer .*2\.self_attn\.o_proj, gives NaN"):
+        run(str(tmp_path / "wild"), tmp_path / "out", stream=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["wild"]
+
+
+def test_large_models_are_streamed_and_small_ones_are_not(source, monkeypatch):
+    assert type(open_model(source, CPU).placement) is Placement
+    monkeypatch.setattr("mipprune.job.available_memory", lambda: 1000.0)
+    assert isinstance(open_model(source, CPU).placement, FromFolder)
+
+    def refused(*_):
+        raise NotStreamable("The folder stores no weight named x.")
+
+    monkeypatch.setattr("mipprune.job.ModelFolder", refused)
+    said = []
+    assert type(open_model(source, CPU, warn=said.append).placement) is Placement
+    assert said == ["The folder stores no weight named x. The whole model is loaded into memory."]
+    with pytest.raises(InvalidInput, match="no weight named x"):
+        open_model(source, CPU, stream=True)
+
+
+def test_times_are_apart_from_the_record(source, tmp_path):
+    report = run(source, tmp_path / "out")
+    record = (tmp_path / "out" / "mipprune.json").read_text()
+    assert '"seconds"' not in record
+    assert '"time"' not in record
+    times = json.loads((tmp_path / "out" / TIMINGS_FILE).read_text())
+    assert times["seconds"] == report.seconds > 0
+    assert times["layers"].keys() == report.masks.keys()

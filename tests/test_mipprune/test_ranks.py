@@ -1,0 +1,88 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import tiny_model, tiny_tokens
+
+import mipprune
+from mipprune.placement import Placement
+from mipprune.ranks import Ranks
+from mipprune.walk import BlockWalk
+from solvers import InvalidInput
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import json, torch
+from models import tiny_model, tiny_tokens
+import mipprune
+from mipprune.calibration import Windows
+from mipprune.job import prune_to_folder
+from mipprune.ranks import ranks_of_environment
+from solvers import NM, PerLayer, PerRow
+
+torch.set_num_threads(1)
+windows = Windows(tiny_tokens(windows=9, length=32), "random tokens")
+with ranks_of_environment(torch.device("cpu")) as ranks:
+    records = []
+    for family, solver, pattern, grams in (
+        ("llama", "swap", PerRow(sparsity=0.6), "pruned"),
+        ("gpt2", "swap", NM(2, 4), "dense"),
+        ("llama", "ria", PerRow(sparsity=0.6), "pruned"),
+        ("llama", "swap", PerLayer(sparsity=0.6), "pruned"),
+    ):
+        report = mipprune.prune(
+            tiny_model(family), None, windows, pattern, solver,
+            grams=grams, samples=9, batch_size=2, ranks=ranks,
+        )
+        records.append((report.mask_hash, [layer.tokens for layer in report.layers]))
+    report = prune_to_folder(
+        sys.argv[2], sys.argv[3], windows, NM(2, 4), "ria", samples=9, batch_size=2, ranks=ranks,
+        stream=True,
+    )
+    records.append((report.mask_hash, report.settings["model"]))
+    everyone = ranks.gather_objects(records)
+    assert all(one == records for one in everyone)
+    if ranks.first:
+        print(json.dumps(records))
+"""
+
+
+def test_two_processes_give_the_masks_of_one(tmp_path):
+    """Nine windows in batches of two: the second process has one batch less."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    source = tmp_path / "model"
+    tiny_model("llama").save_pretrained(source)
+    mipprune.load_model("embedded", torch.device("cpu")).tokenizer.save_pretrained(source)
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    tests = os.path.dirname(os.path.dirname(__file__))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    outputs = [
+        subprocess.run(
+            [*command, str(worker), tests, str(source), str(tmp_path / name)],
+            check=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        for name, command in (("one", [sys.executable]), ("two", launch))
+    ]
+    one, two = (json.loads(output.strip().splitlines()[-1]) for output in outputs)
+    assert one == two
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert all(files[0][f] == files[1][f] for f in files[0] if f.endswith(".safetensors"))
+
+
+def test_processes_without_work_are_refused():
+    tokens = tiny_tokens(windows=3, length=16)
+    with pytest.raises(InvalidInput, match="leave some of 2 processes without work"):
+        BlockWalk(Placement(tiny_model("llama")), tokens, 3, ranks=Ranks(0, 2))
