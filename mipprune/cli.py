@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,7 +135,14 @@ def prune(
         str | None, typer.Option(help="keep:group, such as 2:4 (keeps 2 of every 4).")
     ] = None,
     scope: Annotated[str, typer.Option(help="Sparsity per row or per layer.")] = "row",
-    solver: Annotated[str, typer.Option(help="See `mipprune solvers`.")] = "swap",
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="See `mipprune solvers`. Without this and the next five options: swap, shrink "
+            "0.5, update least_squares, the best quick choice of benchmarks/study.py; with one "
+            "of them, the others are swap, 0 and none.",
+        ),
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option(
@@ -147,17 +155,17 @@ def prune(
         typer.Option("--option", "-O", help="Option of the solver, name=value; repeatable."),
     ] = None,
     update: Annotated[
-        str,
+        str | None,
         typer.Option(help="Weights after the mask: none, gain, least_squares or sparsegpt."),
-    ] = "none",
+    ] = None,
     shrink: Annotated[
-        float,
+        float | None,
         typer.Option(help="Judge masks by (1-s) G + s diag(G) instead of the Gram matrix G."),
-    ] = 0.0,
+    ] = None,
     centre: Annotated[
-        float,
+        float | None,
         typer.Option(help="Judge masks with this share of the inputs' mean taken out of G."),
-    ] = 0.0,
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = 128,
     seqlen: SeqLen = 2048,
@@ -209,6 +217,7 @@ def prune(
     ] = None,
 ) -> None:
     """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
+    from .defaults import BEST, REASON, chosen_method
     from .job import plan_job, prune_to_folder
     from .layer_step import LayerStep
     from .masks import parse_start
@@ -227,11 +236,12 @@ def prune(
         tuple(ignore or []),
         tuple(only or []),
     )
-    recipe = _recipe_of(context)
+    method = chosen_method(solver, update, shrink, centre, more_said=bool(start or option))
+    recipe = {**_recipe_of(context), **asdict(method)}
     arguments: dict[str, Any] = {
         "calibration": calibration,
         "pattern": rules,
-        "solver": solver,
+        "solver": method.solver,
         "start": parse_start(start),
         "device": device,
         "dtype": dtype,
@@ -245,7 +255,10 @@ def prune(
         "seed": seed,
         "solver_options": parse_options(option or []),
         "token_cache": token_cache,
-        "layer_step": LayerStep(Surrogate(shrink=shrink, centre=centre), update),  # type: ignore[arg-type]
+        "layer_step": LayerStep(
+            Surrogate(shrink=method.shrink, centre=method.centre),
+            method.update,  # type: ignore[arg-type] # checked there
+        ),
     }
     _quiet_transformers()
     if dry_run:
@@ -255,6 +268,8 @@ def prune(
     quiet = quiet or not is_first_process()
     if not quiet:
         _out.print(recipe_text(recipe).rstrip(), markup=False, soft_wrap=True)
+        if method is BEST:
+            _out.print(REASON)
     with ExitStack() as stack:
         run_events = stack.enter_context(run_log(log))
         observers: list[Observer] = []
@@ -630,16 +645,23 @@ def time_2to4(
 
 
 @app.command()
-def solvers() -> None:
+def solvers(
+    name: Annotated[
+        str | None, typer.Argument(help="Describe this one and its options.", show_default=False)
+    ] = None,
+) -> None:
     """List the solvers, what they can do, and why one cannot run here."""
+    from inspect import getdoc
+
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from solvers import available
+    from solvers import available, get_solver
 
-    table = Table(
-        "solver", "what it does", "patterns", "exact", "bound", "options", "here", box=SIMPLE_HEAD
-    )
+    if name is not None:
+        _out.print(getdoc(get_solver(name)) or "", markup=False)
+        return
+    table = Table("solver", "what it does", "patterns", "exact", "bound", "here", box=SIMPLE_HEAD)
     for info in available():
         table.add_row(
             info.name,
@@ -647,10 +669,10 @@ def solvers() -> None:
             ", ".join(info.patterns),
             "yes" if info.exact else "",
             "yes" if info.gives_bound else "",
-            ", ".join(info.options),
             info.unavailable or "yes",
         )
     _out.print(table)
+    _out.print("mipprune solvers NAME describes one and its options.")
 
 
 def parse_pattern(sparsity: float | None, pattern: str | None, scope: str) -> Pattern:

@@ -32,7 +32,8 @@ def run(monkeypatch, capsys):
 
 def test_prune_then_evaluate(run, tmp_path):
     out = tmp_path / "pruned"
-    code, printed, _ = run("prune", "embedded", "--sparsity", "0.6", "--out", out, *FAST)
+    prune = ["prune", "embedded", "--sparsity", "0.6", "--solver", "swap", "--out", out]
+    code, printed, _ = run(*prune, *FAST)
     assert code == 0
     assert "mlp.down_proj" in printed
     assert "mask hash" in printed
@@ -49,6 +50,22 @@ def test_prune_then_evaluate(run, tmp_path):
     assert f"{first['perplexity']:.4f}" in printed
     assert "4 windows of 64 tokens, not overlapping" in printed
     assert first["predicted_tokens"] == 4 * 63
+
+
+def test_what_is_chosen_by_default_is_said(run, tmp_path):
+    (plain, shrunk), chosen = (tmp_path / name for name in "ab"), tmp_path / "c"
+    prune = ["prune", "embedded", "--pattern", "2:4", "--only", "*.0.*", *FAST, "--out"]
+    code, printed, _ = run(*prune, chosen)
+    assert code == 0
+    assert "Chosen by default" in printed
+    assert "Chosen by default" not in run(*prune, plain, "--solver", "swap")[1]
+    both = ["--shrink", "0.5", "--update", "least_squares"]
+    assert "Chosen by default" not in run(*prune, shrunk, *both)[1]
+    records = [json.loads((out / "mipprune.json").read_text()) for out in (plain, shrunk, chosen)]
+    steps = [record["settings"]["layer_step"] for record in records]
+    assert steps[0]["update"] == "none"
+    assert records[1]["mask_hash"] == records[2]["mask_hash"] != records[0]["mask_hash"]
+    assert steps[1] == steps[2]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +255,7 @@ def test_demo_writes_table_json_and_picture(run, tmp_path):
 
 
 def test_solvers_are_listed(run):
+    assert "candidates" in run("solvers", "swap")[1]
     code, printed, _ = run("solvers")
     assert code == 0
     assert "swap" in printed
