@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from solvers import InvalidInput
-from solvers.files import give_usual_permissions, to_disk
+from solvers.files import give_usual_permissions, remove_leftovers, to_disk
 
 from .checkpoint import check_new
 from .errors import Interrupted
@@ -65,6 +65,7 @@ class WorkFolder:
         emptied = there and self.out.exists() and not any(self.path.iterdir())
         if there and resume:
             self._take()
+            remove_leftovers(self.model)
         self.finished = there and resume and (emptied or (self.path / _COMPLETE).exists())
         if self.finished:
             self._rename()

@@ -41,6 +41,12 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `replaced_on_success` left in a folder when its process was killed."""
+    for holder in folder.glob(".*.tmp"):
+        shutil.rmtree(holder)
+
+
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A private folder on the target's file system, so that a rename is atomic."""

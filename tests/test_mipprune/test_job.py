@@ -91,6 +91,10 @@ def after_a_record(n):
         count == n and die()
     journal.FileJournal._append = last
 
+def beside_a_file():
+    from solvers import files
+    files.give_usual_permissions = lambda path: path.name == "mipprune.json" and die()
+
 def before_the_rename():
     work.os = type("os", (), {**vars(os), "replace": lambda *_: die()})
 
@@ -101,6 +105,7 @@ ends = {
     "begin": lambda: within_a_record(1),
     "torn": lambda: within_a_record(7),
     "middle": lambda: after_a_record(15),
+    "beside": beside_a_file,
     "unnamed": before_the_rename,
     "named": after_the_rename,
 }
@@ -128,7 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_folder(source, tmp_path):
     for stream in (True, False):
         run(source, tmp_path / f"{stream}", stream=stream, solver="ria")
         whole[stream] = content(tmp_path / f"{stream}")
-    for name in ("begin", "torn", "middle", "unnamed", "named"):
+    for name in ("begin", "torn", "middle", "beside", "unnamed", "named"):
         stream = name != "middle"
         report = run(source, tmp_path / name, stream=stream, solver="ria", resume=True)
         assert (report is None) == (name in ("unnamed", "named"))
