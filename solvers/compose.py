@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import InvalidInput
 from .frank_wolfe import FrankWolfe, relaxed_mask
-from .pattern import NM, CellPattern, Pattern, PerLayer, PerRow
+from .pattern import NM, CellPattern, PerLayer, PerRow
 from .problem import MaskProblem
 from .registry import DEFAULT_START, get_solver, register
 from .solution import MaskSolution, Status, TracePoint
@@ -45,7 +45,7 @@ class Chain(Solver):
 
     name = "chain"
     summary = "solvers one after another, each from the mask before"
-    patterns = (Pattern,)
+    patterns = (PerRow, NM, PerLayer)
     composite = True
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class BestOf(Solver):
 
     name = "best_of"
     summary = "several solvers, of each row the best mask"
-    patterns = (Pattern,)
+    patterns = (PerRow, NM, PerLayer)
     composite = True
 
     def __post_init__(self) -> None:

@@ -173,5 +173,5 @@ def test_what_a_solver_cannot_do_is_said():
     problem = make_problem(2, 8, PerRow(sparsity=0.5))
     with pytest.raises(InvalidInput, match="needs no_such_module: pip install no_such_module"):
         _Unable().solve(problem)
-    with pytest.raises(InvalidInput, match=r"pattern 0\.5 sparsity per row; these can: magn"):
+    with pytest.raises(InvalidInput, match=r"sparsity per row; these can: .*magnitude"):
         _OnlyNM().solve(problem)
