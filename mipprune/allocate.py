@@ -5,10 +5,11 @@ sparsities; `allocate` picks one of them per layer so that the summed cost is le
 weights go as under uniform sparsity: a multiple-choice knapsack, solved exactly as an integer
 program. `owl` is the published allocation by outlier ratios. Both give `Rules` for `prune`.
 
-How costs of different layers compare decides everything: on the embedded model at 60 %, summed
-layer losses, absolute or relative, give models *worse* than uniform sparsity does
-(``benchmarks/allocation.py``). So by default a layer's losses are weighted by what they do to the
-model: by the KL divergence of its next-token distribution once this layer alone is pruned.
+How losses of different layers compare decides everything. On the embedded model at 60 % (swap
+masks, 48 calibration windows, one run; uniform: perplexity 35.2, dense: 30.7) the least sum of
+layer losses gave 39.6, of losses relative to the layers' output energy 37.4, but of losses weighted
+by what they do to the model 32.0. That weight, the default, is the KL divergence of the model's
+next-token distribution with this layer alone pruned, per unit of the layer's loss.
 """
 
 from __future__ import annotations
