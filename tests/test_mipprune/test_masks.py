@@ -83,7 +83,7 @@ def test_zeros_stay_zero_through_20_steps(family, optimiser):
 
 
 def test_zeros_of_fused_experts_stay_zero():
-    model, report = pruned("mixtral", solver="wanda")
+    model, report = pruned("gpt_oss", solver="wanda")
     tokens = WINDOWS.tokens
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     with mipprune.keep_zeros(model, optimizer):
