@@ -138,9 +138,9 @@ def prune(
     solver: Annotated[
         str | None,
         typer.Option(
-            help="See `mipprune solvers`. Without this and the next five options: swap, shrink "
-            "0.5, update least_squares, the best quick choice of benchmarks/study.py; with one "
-            "of them, the others are swap, 0 and none.",
+            help="See `mipprune solvers`. Without this and the next five options: alps and "
+            "update least_squares, the best of benchmarks/study.py; with one of them, the "
+            "others are swap, none, 0 and 0.",
         ),
     ] = None,
     start: Annotated[

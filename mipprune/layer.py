@@ -20,7 +20,6 @@ from solvers import (
     solve,
     updated_loss,
 )
-from solvers.saliency import Saliency
 
 from .errors import OutOfMemory
 from .gram import Gram
@@ -93,9 +92,7 @@ class LayerSolver:
     ) -> None:
         self._settings, self._ranks, self._warn = settings, ranks, warn
         self._pieces = 1
-        solver = get_solver(settings.solver, **settings.solver_options)
-        # Saliencies take no time worth sharing, and some look at all rows.
-        self._sharable = not isinstance(solver, Saliency)
+        self._sharable = get_solver(settings.solver, **settings.solver_options).rowwise
 
     def __call__(self, layer: PrunableLayer, gram: Gram) -> PrunedLayer:
         """A layer's result, mask and new weight; its weight in the model is left as it is.

@@ -120,6 +120,7 @@ class FrankWolfe(Solver):
     summary = "Frank-Wolfe on the relaxation, then rounding; with a bound"
     patterns = (Pattern,)
     gives_bound = True
+    rowwise = True
 
     def __post_init__(self) -> None:
         if self.step not in _STEPS:

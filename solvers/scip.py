@@ -113,6 +113,7 @@ class Scip(Solver):
     summary = "exact, by SCIP's branch and bound; for rows of some 100 inputs at most"
     patterns = (Pattern,)
     exact = True
+    rowwise = True
     gives_bound = True
     requires = ("pyscipopt",)
 

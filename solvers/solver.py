@@ -79,13 +79,15 @@ class Solver(ABC):
     """A way to choose masks. Subclasses are dataclasses whose fields are the options.
 
     Class attributes state what the solver can do, so that it can be listed and refused
-    without being run.
+    without being run. ``rowwise``: where rows share no budget, some of them solved apart get the
+    masks that they get together with the others.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     patterns: ClassVar[tuple[type[Pattern], ...]]
     exact: ClassVar[bool] = False
+    rowwise: ClassVar[bool] = False
     gives_bound: ClassVar[bool] = False
     needs_start: ClassVar[bool] = False
     composite: ClassVar[bool] = False

@@ -96,6 +96,7 @@ class BranchAndBound(Solver):
     summary = "proven optima: branch and bound over reformulated Frank-Wolfe relaxations"
     patterns = (Pattern,)
     exact = True
+    rowwise = True
     gives_bound = True
     needs_start = True
 

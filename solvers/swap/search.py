@@ -72,6 +72,7 @@ class Swap(Solver):
     summary = "1-swap local search from a start, to a proven 1-swap optimum"
     patterns = (CellPattern,)
     needs_start = True
+    rowwise = True
 
     def __post_init__(self) -> None:
         if self.candidates < 1:

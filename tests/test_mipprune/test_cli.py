@@ -59,7 +59,7 @@ def test_what_is_chosen_by_default_is_said(run, tmp_path):
     assert code == 0
     assert "Chosen by default" in printed
     assert "Chosen by default" not in run(*prune, plain, "--solver", "swap")[1]
-    both = ["--shrink", "0.5", "--update", "least_squares"]
+    both = ["--solver", "alps", "--update", "least_squares"]
     assert "Chosen by default" not in run(*prune, shrunk, *both)[1]
     records = [json.loads((out / "mipprune.json").read_text()) for out in (plain, shrunk, chosen)]
     steps = [record["settings"]["layer_step"] for record in records]

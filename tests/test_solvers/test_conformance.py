@@ -16,6 +16,7 @@ from solvers import (
     Solver,
     Status,
     available,
+    get_solver,
     solve,
 )
 
@@ -167,6 +168,17 @@ def test_a_worse_answer_is_replaced_by_the_start(pattern):
     solution = _Worse().solve(problem, start=start.mask)
     assert float(solution.objective.sum()) <= float(start.objective.sum())
     assert torch.equal(solution.objective, problem.objective(solution.mask))
+
+
+@pytest.mark.parametrize("pattern", [PerRow(sparsity=0.6), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", [name for name in SOLVERS if get_solver(name).rowwise])
+def test_rows_apart_get_the_masks_of_rows_together(name, pattern):
+    problem = make_problem(5, 12, pattern, seed=4)
+    start = solve(problem, "wanda").mask
+    together = solve(problem, name, start=start).mask
+    for rows in ([0, 1], [2, 3, 4]):
+        apart = solve(problem.rows(rows), name, start=start[rows]).mask
+        assert torch.equal(apart, together[rows])
 
 
 def test_what_a_solver_cannot_do_is_said():
