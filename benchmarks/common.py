@@ -26,6 +26,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
+def parse_tier(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, str]:
+    """The arguments, and where to run: "cuda" or "cpu", as told or as there is a GPU."""
+    options.add_argument("--tier", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
+    arguments = options.parse_args()
+    tier = arguments.tier or ("cuda" if torch.cuda.is_available() else "cpu")
+    if tier == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("No CUDA GPU is at hand; run --tier cpu.")
+    if tier == "cpu":
+        print("The CPU's tier. The GPU's runs where a CUDA GPU is at hand.")
+    return arguments, tier
+
+
 def machine() -> dict[str, Any]:
     """Processor, threads and versions."""
     model = next(

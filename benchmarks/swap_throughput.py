@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write
+from common import parse_tier, parser, write
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -210,13 +210,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--tier", choices=list(TIERS), help="default: cuda where there is a GPU")
-    arguments = options.parse_args()
-    tier = arguments.tier or ("cuda" if torch.cuda.is_available() else "cpu")
-    if tier == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("No CUDA GPU is at hand; run --tier cpu.")
-    if tier == "cpu":
-        print("The CPU's tier. The GPU's runs where a CUDA GPU is at hand.")
+    arguments, tier = parse_tier(options)
     device = torch.device(tier)
     sizes = TIERS[tier]
     peak = peak_operations(device)

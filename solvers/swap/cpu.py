@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .passes import BIG, LANES, TILE, Block, Grams, Scratch, improve
-from .rows import RowResult, ScaledRows
+from .rows import RowResult, ScaledRows, largest_correlation
 
 _ROWS_PER_CALL = 192
 """Rows that share each tile of the Gram matrix, at most."""
@@ -54,7 +54,7 @@ class CpuKernel:
         self._rows = rows
         self._width, self._candidates, self._tolerance = width, candidates, tolerance
         gram, diagonal = rows.gram.contiguous(), rows.gram.diagonal().contiguous()
-        shared = (diagonal.numpy(), diagonal.sqrt().numpy(), _largest_correlation(gram).numpy())
+        shared = (diagonal.numpy(), diagonal.sqrt().numpy(), largest_correlation(gram).numpy())
         scans = [_vectors(gram, torch.float64)]
         if scan_dtype == torch.float32:
             scans.insert(0, _vectors(gram, torch.float32))
@@ -104,11 +104,3 @@ def _scratch(rows: int, grams: Grams) -> Scratch:
         c, w, cost, twice, best, scalar, terms, listed, inner, outer, alpha, lower, value
     )  # fmt: skip
     return Scratch(*(part.numpy() for part in parts))
-
-
-def _largest_correlation(gram: Tensor) -> Tensor:
-    """``max_{i != j} |G_ij| / sqrt(G_ii G_jj)`` for each j, rounded up a little."""
-    scale = torch.where(gram.diagonal() > 0, gram.diagonal().rsqrt(), 0.0)
-    correlation = (gram * scale * scale[:, None]).abs_()
-    correlation.fill_diagonal_(0.0)
-    return correlation.amax(dim=0) * (1 + 1e-12)
