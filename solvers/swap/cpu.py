@@ -2,9 +2,9 @@
 
 A *pass* over a row finds, for every index of the larger side (kept or pruned), its best
 partner on the smaller side, then applies up to ``candidates`` of these pairs, best first, each
-re-evaluated in float64 against the current ``c``; an index whose partner is taken by then takes
-the next best. Scanning may be in float32; every applied swap is an improvement in float64, and
-a row is only finished by a complete float64 scan that finds none.
+re-evaluated in float64 against the current ``c``, which then gives the next its best partner.
+Scanning may be in float32; every applied swap is an improvement in float64, and a row is only
+finished by a complete float64 scan that finds none.
 
 The smaller side is the loop's *scalar* side, the larger its vector side. A scan goes through the
 Gram matrix by tiles that stay in the first-level cache while all rows of a call use them: for
@@ -15,6 +15,8 @@ any other, ``|2 w_i w_j G_ij| <= 2 alpha_i alpha_j rho_i``.
 """
 
 from __future__ import annotations
+
+import threading
 
 import torch
 from torch import Tensor
@@ -59,6 +61,7 @@ class CpuKernel:
         if scan_dtype == torch.float32:
             scans.insert(0, _vectors(gram, torch.float32))
         self._grams = [Grams(gram.numpy(), scan.numpy(), *shared) for scan in scans]
+        self._local = threading.local()
         self.parallel_calls = torch.get_num_threads()
 
     def rows_per_call(self, rows: int) -> int:
@@ -74,11 +77,19 @@ class CpuKernel:
         block = Block(*(part.numpy() for part in parts))
         swaps = 0
         for grams in self._grams:
-            scratch = _scratch(len(index), grams)
+            scratch = self._scratch(len(index), grams)
             swaps += improve(
                 block, grams, scratch, self._width, self._candidates, max_passes, self._tolerance
             )
         return RowResult(swaps, passes, loss, best_left, int(pairs.sum()))
+
+    def _scratch(self, rows: int, grams: Grams) -> Scratch:
+        """The thread's own, made anew only for more rows."""
+        held: dict[str, Scratch] = self._local.__dict__
+        kind = grams.scan.dtype.name
+        if kind not in held or len(held[kind].c) < rows:
+            held[kind] = _scratch(rows, grams)
+        return held[kind]
 
 
 def _vectors(gram: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,7 +99,7 @@ def _vectors(gram: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scratch(rows: int, grams: Grams) -> Scratch:
-    """Working arrays in the dtype of ``grams.scan``; padding has weight 0 and large costs."""
+    """Working arrays for so many rows, in the dtype of ``grams.scan``."""
     vectors, d, lanes = grams.scan.shape
     dtype = torch.from_numpy(grams.scan).dtype
     padded, tiles = vectors * lanes, -(-d // TILE)

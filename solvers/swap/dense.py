@@ -100,8 +100,8 @@ class DenseKernel:
             at, u, p = each[good], u[good], p[good]
             keep[at, u] = False
             keep[at, p] = True
-            inner[at, i[good]] = math.inf
             c[at] += w_u[good, None] * rows.gram[u] - w_p[good, None] * rows.gram[p]
+            inner = rows.flip_cost(keep, c).masked_fill(keep == outer_kept, math.inf)
             applied[at] += 1
         return applied, promised[:, 0].clamp(max=0.0).double()
 

@@ -71,6 +71,8 @@ class Block(NamedTuple):
 class Scratch(NamedTuple):
     """Working arrays of a block; all but ``c``, ``scalar`` and ``listed`` in the dtype of the scan.
 
+    ``rows`` is that of the block or more. Padding has weight 0 and large costs, always.
+
     ``c`` float64 ``[rows, d]``. ``w`` and ``cost`` (of flipping an entry) ``[rows, d_padded]``.
     As vectors, ``[d_padded / LANES, rows, LANES]``: ``twice`` the weights, and ``best``, for each
     index the least of ``cost_s - 2 w_s w_j G_sj`` over its partners s.
@@ -308,6 +310,7 @@ def _least(_typing: Any, values: Any, slopes: Any, t: Any) -> Any:
 def _correlate(block: Block, gram: Array, c: Array) -> None:
     """``c = G q`` of every row; a few rows of G at a time, used by all."""
     rows, d = block.keep.shape
+    c[:rows] = 0.0
     step = 16
     some = np.zeros(step + 3, np.int64)
     for low in range(0, d, step):
@@ -493,6 +496,7 @@ def _apply(
 ) -> int:  # fmt: skip
     """Apply the best of the pairs in ``value``, each against the current c; how many were.
 
+    The order of the vector indices is that of the scan; partners are those of the current costs.
     If none is, the row's best change left is set.
     """
     w, keep, c, linear = block.weight[r], block.keep[r], scratch.c[r], block.linear[r]
@@ -523,8 +527,9 @@ def _apply(
         )  # fmt: skip
         if delta < threshold:
             keep[u], keep[p] = False, True
-            inner[s] = big
             _move(c, w[u], gram[u], w[p], gram[p])
+            _flip_costs(w, c, linear, grams.diagonal, keep, scratch.cost[r])
+            _only(scratch.cost[r], keep, side, inner)
             block.loss[r] += delta
             applied += 1
     if applied == 0:

@@ -505,7 +505,10 @@ def _swap(
                     g_p = tl.load(from_p + i, mask=live, other=0.0)
                     c += w_u * g_u - w_p * g_p
                     kept = (kept & (i != u)) | (i == p)
-                    cost = tl.where(i == s, never, cost)
+                    line = tl.load(linear + at + i, mask=live, other=0.0)
+                    square = tl.load(diagonal + i, mask=live, other=0.0)
+                    cost = _flip_cost(kept, w, c, line, square).to(promise.dtype)
+                    cost = tl.where(live & (kept == inner_kept), cost, never)
                     value += delta
                     made += 1
     tl.store(applied + slot, made)
