@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .errors import InvalidInput
 from .pattern import NM, PerLayer, PerRow
-from .problem import MaskProblem
 from .registry import register
 from .solution import Status
-from .solver import Callback, Clock, Outcome, Solver
+from .solver import Outcome, Search, Solver
 
 _RHO_LIMIT = 1e6
 
@@ -62,14 +61,8 @@ class Alps(Solver):
         if not self.damping >= 0:
             raise InvalidInput(f"damping={self.damping} is negative; give 0 or more.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, clock = search.problem, search.clock
         pattern = problem.pattern
         gram = problem.gram.double().clone()
         gram.diagonal().add_(self.damping * gram.diagonal().mean())

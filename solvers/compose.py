@@ -18,7 +18,7 @@ from .pattern import NM, CellPattern, PerLayer, PerRow
 from .problem import MaskProblem
 from .registry import DEFAULT_START, get_solver, register
 from .solution import MaskSolution, Status, TracePoint
-from .solver import Callback, Clock, Outcome, Solver
+from .solver import Clock, Outcome, Search, Solver
 from .swap import Swap
 
 Member = str | Sequence[Any]
@@ -51,22 +51,16 @@ class Chain(Solver):
     def __post_init__(self) -> None:
         _members(self.stages)
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
-        mask, trace, stats = start, list[TracePoint](), []
+    def _search(self, search: Search) -> Outcome:
+        clock = search.clock
+        mask, trace, stats = search.start, list[TracePoint](), []
         status = Status.FEASIBLE
         for solver in _members(self.stages):
             if mask is not None and clock.expired:
                 status = Status.TIME_LIMIT
                 break
             began = clock.seconds
-            solution = _run(solver, problem, mask, clock, seed, callback)
+            solution = _run(solver, search, mask, clock)
             _extend(trace, solution.trace, began)
             mask, status = solution.mask, solution.status
             loss = float(solution.objective.sum())
@@ -103,14 +97,8 @@ class BestOf(Solver):
     def __post_init__(self) -> None:
         _members(self.members)
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, clock = search.problem, search.clock
         best = _Best(problem)
         stats, trace = [], list[TracePoint]()
         solvers = _members(self.members)
@@ -119,7 +107,7 @@ class BestOf(Solver):
                 break
             began = clock.seconds
             share = clock.part(1 / (len(solvers) - at))
-            solution = _run(solver, problem, start, share, seed, callback)
+            solution = _run(solver, search, search.start, share)
             won = best.offer(solution)
             trace.append(TracePoint(clock.seconds, best.loss))
             stats.append(
@@ -166,25 +154,19 @@ class Restarts(Solver):
         if not self.noise >= 0:
             raise InvalidInput(f"noise={self.noise} is negative; give 0 or more.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, clock = search.problem, search.clock
         assert isinstance(problem.pattern, CellPattern)
         z = relaxed_mask(problem, FrankWolfe(), clock).clamp(1e-3, 1 - 1e-3)
         score = z.logit()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(search.seed)
         best, trace, done = _Best(problem), [], 0
         while done < self.restarts and not (done and clock.expired):
             uniform = torch.rand(score.shape, generator=generator, dtype=torch.float64)
             gumbel = -(-uniform.clamp_min(1e-300).log()).clamp_min(1e-300).log()
             noise = self.noise * gumbel.to(score.device) if done else 0.0
             rounded = problem.pattern.round(score + noise)
-            best.offer(_run(Swap(), problem, rounded, clock, seed, callback))
+            best.offer(_run(Swap(), search, rounded, clock))
             trace.append(TracePoint(clock.seconds, best.loss))
             done += 1
         status = Status.TIME_LIMIT if clock.expired else Status.FEASIBLE
@@ -235,18 +217,13 @@ def _members(members: Sequence[Member]) -> list[Solver]:
     return found
 
 
-def _run(
-    solver: Solver,
-    problem: MaskProblem,
-    start: Tensor | None,
-    clock: Clock,
-    seed: int,
-    callback: Callback | None,
-) -> MaskSolution:
+def _run(solver: Solver, search: Search, start: Tensor | None, clock: Clock) -> MaskSolution:
+    """A member's answer, in the clock's time."""
+    problem, seed = search.problem, search.seed
     if start is None and solver.needs_start:
         start = get_solver(DEFAULT_START).solve(problem, seed=seed).mask
     left = None if clock.remaining == float("inf") else max(1e-3, clock.remaining)
-    return solver.solve(problem, start=start, time_limit=left, seed=seed, callback=callback)
+    return solver.solve(problem, start=start, time_limit=left, seed=seed, callback=search.callback)
 
 
 def _capped(trace: list[TracePoint], value: float) -> float:

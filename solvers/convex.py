@@ -25,7 +25,7 @@ from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
 from .solution import Status, shared_out
-from .solver import Callback, Clock, Outcome, Progress, Solver
+from .solver import Clock, Outcome, Progress, Search, Solver
 
 Floats = npt.NDArray[np.float64]
 
@@ -98,14 +98,8 @@ class Cvxpy(Solver):
         if self.cuts and self.relaxation == "qp":
             raise InvalidInput("cuts belong to relaxation 'sdp'; 'qp' has no matrix Y.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, start, clock = search.problem, search.start, search.clock
         self._check(problem)
         rows, d = problem.shape
         step = rows if problem.pattern.coupled else 1
@@ -124,8 +118,8 @@ class Cvxpy(Solver):
                 mask[chosen] = rounded
             bound[chosen] = shared_out(total, part.objective(mask[chosen]))
             statuses.append(status)
-            if callback is not None:
-                callback(Progress(at + step, rows, clock.seconds))
+            if search.callback is not None:
+                search.callback(Progress(at + step, rows, clock.seconds))
         return Outcome(
             mask=mask.to(problem.device),
             status=Status.TIME_LIMIT if "user_limit" in statuses else Status.FEASIBLE,

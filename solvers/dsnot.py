@@ -14,7 +14,7 @@ from .problem import MaskProblem
 from .registry import get_solver, register
 from .saliency import Wanda
 from .solution import Status
-from .solver import Callback, Clock, Outcome, Solver
+from .solver import Outcome, Search, Solver
 
 
 @register
@@ -63,14 +63,8 @@ class DSnoT(Solver):
         if not self.threshold >= 0:
             raise InvalidInput(f"threshold={self.threshold} is negative; the paper uses 0.1.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, start = search.problem, search.start
         if self.mean is None:
             raise InvalidInput(
                 "Solver 'dsnot' needs the mean of the inputs, which a problem file does not hold; "
@@ -82,7 +76,7 @@ class DSnoT(Solver):
                 f"The mean has shape {tuple(mean.shape)}; it must be ({problem.shape[1]},)."
             )
         if start is None:
-            start = get_solver(self.initial).solve(problem, seed=seed).mask
+            start = get_solver(self.initial).solve(problem, seed=search.seed).mask
         mask = start.clone()
         exchanges = self._exchange(problem, mean, mask)
         return Outcome(mask, Status.FEASIBLE, stats={"exchanges": exchanges})

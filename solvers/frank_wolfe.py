@@ -27,7 +27,7 @@ from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
 from .solution import Status, TracePoint, shared_out
-from .solver import Callback, Clock, Outcome, Progress, Solver
+from .solver import Callback, Clock, Outcome, Progress, Search, Solver
 from .swap.rows import ScaledRows
 
 _STEPS = ("auto", "open_loop", "line_search", "pairwise", "sliding")
@@ -134,14 +134,8 @@ class FrankWolfe(Solver):
         if self.dtype not in _DTYPES:
             raise InvalidInput(f"dtype '{self.dtype}' is none of {', '.join(_DTYPES)}.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, start, clock = search.problem, search.start, search.clock
         cells = isinstance(problem.pattern, CellPattern)
         if self.fixed and not cells:
             raise InvalidInput(
@@ -153,7 +147,7 @@ class FrankWolfe(Solver):
                 f"step 'sliding' needs cells of a fixed count, which {problem.pattern} has not; "
                 "use 'pairwise'."
             )
-        return _Run(self, problem, start, clock, callback).outcome()
+        return _Run(self, problem, start, clock, search.callback).outcome()
 
 
 class _Product:

@@ -17,7 +17,7 @@ from .pattern import Pattern
 from .problem import MaskProblem
 from .registry import register
 from .solution import Status
-from .solver import Callback, Clock, Outcome, Solver
+from .solver import Outcome, Search, Solver
 
 
 class Saliency(Solver):
@@ -29,14 +29,8 @@ class Saliency(Solver):
     def score(self, problem: MaskProblem) -> Tensor:
         """Importance of each weight, ``[rows, d]``, non-negative."""
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem = search.problem
         return Outcome(problem.pattern.lmo(-self.score(problem)), Status.FEASIBLE)
 
 

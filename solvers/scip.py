@@ -21,7 +21,7 @@ from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
 from .solution import Status, TracePoint, shared_out
-from .solver import Callback, Clock, Outcome, Progress, Solver
+from .solver import Clock, Outcome, Progress, Search, Solver
 from .swap import Swap
 
 if TYPE_CHECKING:
@@ -125,25 +125,19 @@ class Scip(Solver):
         if self.threads < 1:
             raise InvalidInput(f"threads={self.threads} solves nothing; give at least 1.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, start, clock = search.problem, search.start, search.clock
         trace = []
         if start is not None:
-            trace.append(TracePoint(clock.seconds, float(problem.objective(start).sum())))
+            trace.append(TracePoint(clock.seconds, float(search.start_objective.sum())))
         answers: list[_Answer] = []
         done = 0
-        with closing(self._answers(problem, start, clock, seed)) as arriving:
+        with closing(self._answers(problem, start, clock, search.seed)) as arriving:
             for answer in arriving:
                 answers.append(answer)
                 done += len(answer.mask)
-                if callback is not None:
-                    callback(Progress(done, problem.shape[0], clock.seconds))
+                if search.callback is not None:
+                    search.callback(Progress(done, problem.shape[0], clock.seconds))
         bound = torch.cat([answer.bound for answer in answers])
         objective = float(torch.cat([answer.objective for answer in answers]).sum())
         trace.append(TracePoint(clock.seconds, objective, float(bound.sum())))

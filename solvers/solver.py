@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -63,6 +64,37 @@ class Progress:
 Callback = Callable[[Progress], None]
 
 
+@dataclass(frozen=True)
+class Search:
+    """What one call of `Solver.solve` asks for.
+
+    Attributes
+    ----------
+    problem
+        The rows to solve.
+    start
+        A mask that follows the pattern, bool ``[rows, d]``, or None.
+    clock
+        Running, with the time limit.
+    seed
+        Of whatever is drawn at random.
+    callback
+        To be told about progress, or None.
+    """
+
+    problem: MaskProblem
+    start: Tensor | None
+    clock: Clock
+    seed: int
+    callback: Callback | None
+
+    @cached_property
+    def start_objective(self) -> Tensor:
+        """Loss of every row at the start, float64 ``[rows]``."""
+        assert self.start is not None
+        return self.problem.objective(self.start)
+
+
 @dataclass
 class Outcome:
     """What a search hands to `Solver.solve`, which evaluates it."""
@@ -94,14 +126,7 @@ class Solver(ABC):
     requires: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
         """Choose a mask; `solve` checks, times and evaluates around it."""
 
     def solve(
@@ -144,16 +169,16 @@ class Solver(ABC):
                 raise InvalidInput(f"The start does not follow the pattern: {violation}.")
         elif self.needs_start:
             raise InvalidInput(f"Solver '{self.name}' needs a start: a mask or a solver's name.")
-        clock = Clock(time_limit)
-        outcome = self._search(problem, start, clock, seed, callback)
-        seconds = clock.seconds
+        search = Search(problem, start, Clock(time_limit), seed, callback)
+        outcome = self._search(search)
+        seconds = search.clock.seconds
 
         violation = problem.pattern.violation(outcome.mask)
         if violation is not None:
             raise AssertionError(f"solver '{self.name}' broke the pattern: {violation}")
         mask, objective = outcome.mask, problem.objective(outcome.mask)
         if start is not None:
-            mask, objective = _never_worse(problem, mask, objective, start)
+            mask, objective = _never_worse(search, mask, objective)
         return MaskSolution(
             mask=mask,
             objective=objective,
@@ -184,12 +209,11 @@ class Solver(ABC):
         return tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
 
 
-def _never_worse(
-    problem: MaskProblem, mask: Tensor, objective: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor]:
+def _never_worse(search: Search, mask: Tensor, objective: Tensor) -> tuple[Tensor, Tensor]:
     """Take the start back wherever the search ended above it."""
-    before = problem.objective(start)
-    if problem.pattern.coupled:
+    start, before = search.start, search.start_objective
+    assert start is not None
+    if search.problem.pattern.coupled:
         if float(objective.sum()) > float(before.sum()):
             return start.clone(), before
         return mask, objective

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from .errors import InvalidInput
 from .pattern import NM, CellPattern, PerLayer, PerRow
-from .problem import MaskProblem
 from .registry import register
 from .solution import Status
-from .solver import Callback, Clock, Outcome, Solver
+from .solver import Outcome, Search, Solver
 
 _Choice = Callable[[int, int, Tensor, Tensor], Tensor]
 """From columns ``begin..end-1``, their current weights and ``diag(U)`` there: what to keep."""
@@ -83,14 +82,8 @@ class SparseGPT(Solver):
         if self.block < 1:
             raise InvalidInput(f"block={self.block} holds no column; give at least 1.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem = search.problem
         pattern = problem.pattern
         assert isinstance(pattern, CellPattern)
         width = self.block

@@ -21,7 +21,7 @@ from ..semidefinite.program import BinaryProgram, independent_parts
 from ..semidefinite.solver import Incumbent
 from ..semidefinite.witness import ConvexForm
 from ..solution import Status, TracePoint, shared_out
-from ..solver import Callback, Clock, Outcome, Progress, Solver
+from ..solver import Clock, Outcome, Progress, Search, Solver
 from ..swap import Swap
 from .branching import BRANCHINGS, Branching
 from .hull import solve_over_hull
@@ -115,14 +115,8 @@ class BranchAndBound(Solver):
                 f"node_selection '{self.node_selection}' is neither best_first nor depth_first."
             )
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, start, clock = search.problem, search.start, search.clock
         assert start is not None
         if not isinstance(problem.pattern, CellPattern):
             return self._search_hull(problem, start, clock)
@@ -152,8 +146,8 @@ class BranchAndBound(Solver):
                 trace += [TracePoint(began + t, value, low) for t, low, value in result.bounds]
             else:
                 trace.append(TracePoint(clock.seconds, float(objective.sum())))
-            if callback is not None:
-                callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
+            if search.callback is not None:
+                search.callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
         trace.append(TracePoint(clock.seconds, float(objective.sum()), float(bound.sum())))
         limit = Status.TIME_LIMIT if clock.expired else Status.ITERATION_LIMIT
         return Outcome(

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..pattern import NM, PerLayer, PerRow
-from ..problem import MaskProblem
 from ..registry import get_solver, register
 from ..solution import Status
-from ..solver import Callback, Clock, Outcome, Progress, Solver
+from ..solver import Callback, Clock, Outcome, Progress, Search, Solver
 from ..update import LeastSquares, updated_loss
 
 _CHUNK = 1 << 24
@@ -74,22 +73,16 @@ class Joint(Solver):
         if not self.tolerance >= 0:
             raise InvalidInput(f"tolerance={self.tolerance} is negative; give 0 or more.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, start, clock = search.problem, search.start, search.clock
         if start is None:
-            start = get_solver(self.initial).solve(problem, seed=seed).mask
+            start = get_solver(self.initial).solve(problem, seed=search.seed).mask
         neighbourhood = problem.pattern.neighbourhood(problem.shape)
         assert neighbourhood is not None
         weight, gram = problem.weight.double().cpu(), problem.gram.double().cpu()
         before = start.cpu()
         mask, swaps, complete = self._improved(
-            weight, gram, before, neighbourhood.width, clock, callback
+            weight, gram, before, neighbourhood.width, clock, search.callback
         )
         first, last = self._loss(weight, gram, before), self._loss(weight, gram, mask)
         risen = last > first  # by rounding, in an ill-conditioned row

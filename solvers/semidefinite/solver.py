@@ -16,7 +16,7 @@ from ..pattern import CellPattern
 from ..problem import MaskProblem
 from ..registry import register
 from ..solution import MaskSolution, Status, TracePoint, shared_out
-from ..solver import Callback, Clock, Outcome, Progress, Solver
+from ..solver import Callback, Clock, Outcome, Progress, Search, Solver
 from ..swap import Swap
 from .ascent import Bounded, Effort, ascend, strengthen
 from .cuts import Array
@@ -98,22 +98,17 @@ class Semidefinite(Solver):
         if self.batch < 1 or self.wide_from < 1:
             raise InvalidInput("batch and wide_from count rows and inputs; give 1 or more.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, start, clock = search.problem, search.start, search.clock
         assert start is not None
         large = problem.weight.numel() >= _DECOMPOSED_FROM
         if problem.pattern.coupled and (large if self.decompose is None else self.decompose):
-            return self._search_decomposed(problem, start, clock, callback)
+            return self._search_decomposed(problem, start, clock, search.callback)
         best = Swap().solve(problem, start=start)
-        rows = _RowResults(problem, best.mask.clone(), best.objective.clone(), clock, callback)
+        mask, objective = best.mask.clone(), best.objective.clone()
+        rows = _RowResults(problem, mask, objective, clock, search.callback)
         if problem.shape[1] >= self.wide_from and not problem.pattern.coupled:
-            self._bound_batches(rows, seed)
+            self._bound_batches(rows, search.seed)
         else:
             self._bound_parts(rows)
         gap = rows.objective - rows.bound

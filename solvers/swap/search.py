@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from ..pattern import CellPattern, Neighbourhood
-from ..problem import MaskProblem
+from ..pattern import CellPattern
 from ..registry import register
 from ..solution import Status, TracePoint
-from ..solver import Callback, Clock, Outcome, Progress, Solver
+from ..solver import Outcome, Progress, Search, Solver
 from .across import AcrossRows
 from .rows import RowKernel, RowResult, ScaledRows
 
@@ -86,38 +85,24 @@ class Swap(Solver):
         if self.kernel not in ("auto", *_KERNELS):
             raise InvalidInput(f"kernel '{self.kernel}' is none of auto, {', '.join(_KERNELS)}.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
-        assert start is not None
-        neighbourhood = problem.pattern.neighbourhood(problem.shape)
-        assert neighbourhood is not None
-        return _Run(self, problem, start.clone(), neighbourhood, clock, callback).outcome()
+    def _search(self, search: Search) -> Outcome:
+        return _Run(self, search).outcome()
 
 
 class _Run:
     """One search: the mask, what is known of each row, and what was counted."""
 
-    def __init__(
-        self,
-        options: Swap,
-        problem: MaskProblem,
-        mask: Tensor,
-        neighbourhood: Neighbourhood,
-        clock: Clock,
-        callback: Callback | None,
-    ) -> None:
-        self._options, self._clock, self._callback = options, clock, callback
+    def __init__(self, options: Swap, search: Search) -> None:
+        problem = search.problem
+        neighbourhood = problem.pattern.neighbourhood(problem.shape)
+        assert search.start is not None
+        assert neighbourhood is not None
+        self._options, self._clock, self._callback = options, search.clock, search.callback
         self._neighbourhood = neighbourhood
-        self._mask = mask
+        self._mask = mask = search.start.clone()
         self._rows = ScaledRows.of(problem)
         self._kernel_name, self._kernel = self._pick_kernel(problem.device)
-        self._loss = self._rows.loss(mask, self._rows.correlation(mask)) * self._rows.unit
+        self._loss = search.start_objective.clone()
         self._best_left = torch.full_like(self._loss, torch.nan)
         self._budget = torch.full(
             self._loss.shape, options.max_passes or _UNLIMITED, device=mask.device

@@ -15,7 +15,7 @@ from ..pattern import NM, PerLayer, PerRow
 from ..problem import MaskProblem
 from ..registry import register
 from ..solution import Status, TracePoint
-from ..solver import Callback, Clock, Outcome, Progress, Solver
+from ..solver import Callback, Clock, Outcome, Progress, Search, Solver
 from ..swap import Swap
 from ..swap.rows import ScaledRows
 
@@ -69,22 +69,16 @@ class Tabu(Solver):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name}={getattr(self, name)} must be at least 1.")
 
-    def _search(
-        self,
-        problem: MaskProblem,
-        start: Tensor | None,
-        clock: Clock,
-        seed: int,
-        callback: Callback | None,
-    ) -> Outcome:
+    def _search(self, search: Search) -> Outcome:
+        problem, start, clock = search.problem, search.start, search.clock
         assert start is not None
         if self.iterations is None and clock.remaining == float("inf"):
             raise InvalidInput("iterations=None needs a time limit; give one of the two.")
-        trace = [TracePoint(clock.seconds, float(problem.objective(start).sum()))]
+        trace = [TracePoint(clock.seconds, float(search.start_objective.sum()))]
         first = Swap().solve(problem, start=start, time_limit=_left(clock))
         trace.append(TracePoint(clock.seconds, float(first.objective.sum())))
-        rows = _Rows(self, problem.to("cpu"), first.mask.cpu(), seed)
-        loss = rows.search(clock, callback)
+        rows = _Rows(self, problem.to("cpu"), first.mask.cpu(), search.seed)
+        loss = rows.search(clock, search.callback)
         for time, value in loss:  # summed otherwise than by the problem, so equal but for rounding
             trace.append(TracePoint(time, min(value, trace[-1].objective)))
         mask = rows.best(problem.device)

@@ -55,7 +55,8 @@ def fakes(monkeypatch):
         gives_bound = True
         share = 0.5
 
-        def _search(self, problem, start, clock, seed, callback):
+        def _search(self, search):
+            problem, clock = search.problem, search.clock
             mask = problem.pattern.round(problem.weight.abs())
             rows = [problem.rows([r]) for r in range(problem.shape[0])]
             if problem.pattern.coupled:
@@ -102,7 +103,7 @@ def fakes(monkeypatch):
     class Picky(Fake):
         name = "picky"
 
-        def _search(self, problem, start, clock, seed, callback):
+        def _search(self, search):
             raise InvalidInput("Solver 'picky' likes no problem.")
 
     @register

@@ -148,7 +148,8 @@ class _Worse(Solver):
 
     name, summary, patterns = "worse", "for tests", (CellPattern,)
 
-    def _search(self, problem, start, clock, seed, callback):
+    def _search(self, search):
+        problem = search.problem
         return Outcome(problem.pattern.round(-problem.weight.abs()), Status.FEASIBLE)
 
 

@@ -337,7 +337,8 @@ def test_wrong_directions_and_fixings_are_refused():
 class _Rounds(Solver):
     name, summary, patterns = "rounds", "for tests", (Pattern,)
 
-    def _search(self, problem, start, clock, seed, callback):
+    def _search(self, search):
+        problem = search.problem
         return Outcome(problem.pattern.lmo(-problem.weight.abs()), Status.FEASIBLE)
 
 
