@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 from study import WINDOW, Yardstick, load, summary
 
 import mipprune
 from mipprune.allocate import allocated_rules
 from mipprune.calibration import Windows, cut_windows, read_texts
-from solvers.files import replaced_on_success
 
 METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"method": "uniform"},
@@ -87,9 +86,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
     panels[0].axvline(record["dense_perplexity"], color="grey", linestyle=":")
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

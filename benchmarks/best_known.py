@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 
 from solvers import MaskProblem, PerRow, solve
-from solvers.files import replaced_on_success
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -35,9 +34,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("summed loss / wanda")
     axes.set_ylim(0, 0.65)
     axes.legend(ncols=3, fontsize=8)
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

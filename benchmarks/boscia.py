@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, write
+from common import RESULTS, draw, write
 from matplotlib.figure import Figure
 
-from solvers.files import replaced_on_success
 from solvers.hull import HullSolution, minimize
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -165,9 +164,7 @@ def plot(summary: list[dict[str, Any]], path: Path) -> None:
             axes.set_yscale("log")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, write
+from common import RESULTS, draw, write
 from matplotlib.figure import Figure
 
 import mipprune
 from mipprune.certify import LayerCertificate, certify, check_folder
 from solvers import PerRow
-from solvers.files import replaced_on_success
 
 
 def plot(layers: list[LayerCertificate], path: Path) -> None:
@@ -34,9 +33,7 @@ def plot(layers: list[LayerCertificate], path: Path) -> None:
     axes.set_ylabel("gap at most, %")
     axes.set_ylim(0, None)
     axes.tick_params(axis="x", rotation=30)
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from solvers.files import replaced_on_success
 
@@ -63,3 +64,10 @@ def write(out: Path, name: str, record: dict[str, Any]) -> None:
     with replaced_on_success(out / f"{name}.json") as temporary:
         temporary.write_text(json.dumps({"machine": machine(), **record}, indent=1) + "\n")
     print(f"Written: {out / name}.json")
+
+
+def draw(figure: Figure, path: Path) -> None:
+    """Write a plot as PNG."""
+    with replaced_on_success(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    print(f"Written: {path}")

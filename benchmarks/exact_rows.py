@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 
 from solvers import MaskProblem, PerRow, solve
-from solvers.files import replaced_on_success
 
 LIMITS = {64: 60.0, 96: 120.0, 128: 300.0}
 TARGETS = {64: 5.0, 96: 30.0, 128: 300.0}
@@ -65,9 +64,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("seconds per row")
     axes.set_xticks(sorted(LIMITS))
     axes.legend(fontsize=8)
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

@@ -17,11 +17,10 @@ from typing import Any
 
 import cvxpy
 import torch
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 
 from solvers import MaskProblem, PerRow, solve
-from solvers.files import replaced_on_success
 
 LAYERS = {
     "minilm_block1_query": None,
@@ -146,9 +145,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("iteration")
     panels[0].set_ylabel("Frank-Wolfe gap / relaxed loss")
     panels[0].legend()
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

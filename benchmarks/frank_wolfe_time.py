@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_tier, parser, write
+from common import draw, parse_tier, parser, write
 from matplotlib.figure import Figure
 from swap_throughput import make_problem, timed
 
 from solvers import MaskProblem, PerRow, solve
-from solvers.files import replaced_on_success
 
 GAP = 1e-3
 SPARSITY = 0.6
@@ -78,9 +77,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         [name.removeprefix("minilm_block1_") for name in record["layers"]],
     )
     right.set_ylabel("mean iterations")
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

@@ -14,11 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 
 from solvers import MaskProblem, PerRow, solve
-from solvers.files import replaced_on_success
 
 
 def bound_row(problem: MaskProblem, seconds: float, best: float | None) -> dict[str, Any]:
@@ -57,9 +56,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("gap to the best mask known, %")
     axes.set_ylim(0, None)
     axes.legend()
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 
 from solvers import NM, MaskProblem, Pattern, PerLayer, PerRow, solve
-from solvers.files import replaced_on_success
 
 LAYERS = ("minilm_block1_query", "minilm_block1_attention_output", "minilm_block1_mlp_up")
 INPUTS = (48, 64, 96)
@@ -66,9 +65,7 @@ def plot(runs: list[dict[str, Any]], limit: float, path: Path) -> None:
     axes.set_xlabel("SCIP alone, CPU seconds")
     axes.set_ylabel("after reformulation, CPU seconds")
     axes.legend(fontsize=8)
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

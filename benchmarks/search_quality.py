@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 
 from solvers import MaskProblem, PerRow, solve
-from solvers.files import replaced_on_success
 
 TABU = (500, 2000, 8000, 32000)
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,9 +61,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("seconds per row of 384 inputs, one thread")
     axes.set_ylabel("loss above the best known, %")
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

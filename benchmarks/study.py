@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -33,7 +33,6 @@ from mipprune.prune import all_layers
 from mipprune.surrogate import Surrogate
 from mipprune.walk import BlockWalk
 from solvers import NM, Pattern, PerRow, updated_loss
-from solvers.files import replaced_on_success
 
 WINDOW = 256
 HALF = Surrogate(shrink=0.5)
@@ -188,9 +187,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("perplexity (dotted: dense)")
         axes.set_title(pattern)
         axes.grid(axis="x", alpha=0.3)
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def parse(text: str) -> Pattern:

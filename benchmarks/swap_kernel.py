@@ -23,13 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 from numba import njit
 from torch import Tensor
 
 from solvers import MaskProblem, PerRow, solve
-from solvers.files import replaced_on_success
 from solvers.swap.passes import LANES, TILE, scan_tiles
 
 CHUNK_BYTES = 1 << 26
@@ -226,9 +225,7 @@ def plot(layers: list[dict[str, Any]], path: Path) -> None:
         )
         axes.legend(fontsize=8)
     panels[0].set_ylabel("summed loss / wanda")
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_tier, parser, write
+from common import draw, parse_tier, parser, write
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from solvers import MaskProblem, PerRow, solve
-from solvers.files import replaced_on_success
 
 SPARSITY = 0.6
 OPERATIONS = 3
@@ -203,9 +202,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     right.bar(names, [record["dense"][name]["seconds"] for name in names])
     right.set(yscale="log", ylabel="seconds to the 1-swap optimum")
     right.set_title(f"{record['dense']['rows']} rows of {record['dense']['d']} inputs")
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:
