@@ -1,8 +1,9 @@
-"""Sparsity across layers at equal total: uniform, OWL, integer programs.
+"""Sparsity across layers at equal total: uniform, OWL, integer program.
 
-Each allocation prunes the embedded GPT with Wanda's masks improved by swaps, on several
-calibration seeds. For each run: share removed, summed layer loss, perplexity, KL divergence to
-the dense model, and the processor's seconds that the allocation took.
+Each allocation prunes the embedded GPT in two ways, on several calibration seeds: Wanda's masks
+improved by swaps with weights as they are, and ALPS with least squares. For each run: share
+removed, summed layer loss, perplexity, KL divergence to the dense model, and the processor's
+seconds that the allocation took.
 
     python benchmarks/allocation.py
     python benchmarks/allocation.py --methods "integer program, loss" --resume
@@ -22,32 +23,61 @@ from matplotlib.figure import Figure
 from study import WINDOW, Yardstick, load, summary
 
 import mipprune
-from mipprune.allocate import allocated_rules
+from mipprune import Allocation, LayerStep
 from mipprune.calibration import Windows, cut_windows, read_texts
+from mipprune.placement import Placement
+from mipprune.rules import Rules
+from mipprune.settings import Settings
+from mipprune.share_out import shared_out
+from solvers import PerRow
 
-METHODS: dict[str, dict[str, Any]] = {
-    "uniform": {"method": "uniform"},
-    "OWL": {"method": "owl"},
-    "integer program, divergence": {"criterion": "divergence"},
-    "integer program, relative": {"criterion": "relative"},
-    "integer program, loss": {"criterion": "loss"},
+BATCH = 8
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": Allocation("uniform"),
+    "OWL": Allocation("owl"),
+    "integer program": Allocation(),
+    "integer program, one anchor": Allocation(low=0.3, high=0.9, anchors=(0.6,)),
+    "integer program, as the run": Allocation(measure="run"),
+    "integer program, relative": Allocation(criterion="relative"),
+    "integer program, loss": Allocation(criterion="loss"),
+}
+
+FIRST = ("uniform", "OWL", "integer program")
+"""What runs unless other methods are named."""
+
+RUNS: dict[str, dict[str, Any]] = {
+    "swap": {"solver": "swap", "start": "wanda"},
+    "alps + least squares": {
+        "solver": "alps",
+        "layer_step": LayerStep(update="least_squares"),
+    },
 }
 
 
-def run(
-    method: dict[str, Any], sparsity: float, windows: Windows, yard: Yardstick
-) -> dict[str, float]:
-    """One allocation, one seed."""
+def allocated(
+    allocation: Allocation, sparsity: float, windows: Windows, run: dict[str, Any]
+) -> tuple[Rules, float]:
+    """The layers' rules, and the seconds of processor time that they took."""
+    settings = Settings(
+        Rules(PerRow(sparsity=sparsity)), batch_size=BATCH, allocation=allocation, **run
+    )
     model = load()
-    size = {"samples": len(windows.tokens), "seqlen": WINDOW, "batch_size": 8}
     began = time.process_time()
-    rules = allocated_rules(model, None, windows, sparsity, **method, **size)
-    seconds = time.process_time() - began
-    report = mipprune.prune(model, None, windows, rules, "swap", start="wanda", **size)
+    return shared_out(settings, Placement(model), windows), time.process_time() - began
+
+
+def measured(
+    rules: Rules, windows: Windows, run: dict[str, Any], yard: Yardstick
+) -> dict[str, float]:
+    """The model pruned by rules."""
+    model = load()
+    size = {"samples": len(windows.tokens), "seqlen": WINDOW, "batch_size": BATCH}
+    report = mipprune.prune(model, None, windows, rules, **run, **size)
     return {
         "sparsity": report.sparsity,
         "loss": report.loss,
-        "allocation_seconds": seconds,
+        "updated_loss": report.updated_loss,
         **yard.measure(model),
     }
 
@@ -55,45 +85,49 @@ def run(
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| allocation | removed | summed layer loss | perplexity | KL | CPU seconds to allocate |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| run | allocation | removed | perplexity | KL | CPU seconds to allocate |",
+        "|---|---|---:|---:|---:|---:|",
     ]
-    for name, entry in record["methods"].items():
-        mean = entry["summary"]
-        error = mean.get("perplexity_error", math.nan)
-        lines.append(
-            f"| {name} | {mean['sparsity']:.3%} | {mean['loss']:.0f} "
-            f"| {mean['perplexity']:.2f} ± {error:.2f} "
-            f"| {mean['kl']:.4f} ± {mean.get('kl_error', math.nan):.4f} "
-            f"| {mean['allocation_seconds']:.0f} |"
-        )
+    for run, methods in record["runs"].items():
+        for name, entry in methods.items():
+            mean = entry["summary"]
+            error = mean.get("perplexity_error", math.nan)
+            lines.append(
+                f"| {run} | {name} | {mean['sparsity']:.3%} "
+                f"| {mean['perplexity']:.2f} ± {error:.2f} "
+                f"| {mean['kl']:.4f} ± {mean.get('kl_error', math.nan):.4f} "
+                f"| {mean['allocation_seconds']:.0f} |"
+            )
     return "\n".join(lines)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Perplexity and KL of every allocation, with one standard error over the seeds."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    names = list(record["methods"])[::-1]
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, label in zip(
-        panels, ("perplexity", "kl"), ("perplexity (dotted: dense)", "KL to dense"), strict=True
-    ):
-        summaries = [record["methods"][name]["summary"] for name in names]
-        means = [one[key] for one in summaries]
-        errors = [one.get(f"{key}_error", 0.0) for one in summaries]
-        axes.errorbar(means, range(len(names)), xerr=errors, fmt="o", capsize=3)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel(label)
-        axes.grid(axis="x", alpha=0.3)
-    panels[0].axvline(record["dense_perplexity"], color="grey", linestyle=":")
+    figure = Figure(figsize=(9, 2.6 * len(record["runs"])), layout="constrained")
+    panels = figure.subplots(len(record["runs"]), 2, squeeze=False)
+    for row, (run, methods) in zip(panels, record["runs"].items(), strict=True):
+        names = list(methods)[::-1]
+        for axes, key, label in zip(
+            row, ("perplexity", "kl"), ("perplexity (dotted: dense)", "KL to dense"), strict=True
+        ):
+            summaries = [methods[name]["summary"] for name in names]
+            means = [one[key] for one in summaries]
+            errors = [one.get(f"{key}_error", 0.0) for one in summaries]
+            axes.errorbar(means, range(len(names)), xerr=errors, fmt="o", capsize=3)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_xlabel(label)
+            axes.set_title(run)
+            axes.grid(axis="x", alpha=0.3)
+        row[0].axvline(record["dense_perplexity"], color="grey", linestyle=":")
     draw(figure, path)
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--sparsity", type=float, default=0.6)
-    options.add_argument("--methods", help="semicolon-separated; all by default")
-    options.add_argument("--seeds", type=int, default=2)
+    options.add_argument("--methods", help="semicolon-separated; the first three by default")
+    options.add_argument("--runs", help="semicolon-separated; both by default")
+    options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--samples", type=int, default=24, help="calibration windows")
     options.add_argument("--evaluate", type=int, default=32, help="evaluation windows")
     options.add_argument("--resume", action="store_true", help="keep what a run before measured")
@@ -113,26 +147,34 @@ def main() -> None:
         "samples": arguments.samples,
         "evaluation_windows": len(evaluation.tokens),
     }
-    record: dict[str, Any] = {**settings, "methods": {}}
+    record: dict[str, Any] = {**settings, "runs": {}}
     before = arguments.out / "allocation.json"
     if arguments.resume and before.is_file():
         record = json.loads(before.read_text())
         if any(record[key] != value for key, value in settings.items()):
             raise SystemExit(f"{before} was measured with other settings; choose another --out.")
         del record["machine"]
-    found = record["methods"]
-    methods = arguments.methods.split(";") if arguments.methods else list(METHODS)
+    methods = arguments.methods.split(";") if arguments.methods else list(FIRST)
+    chosen = arguments.runs.split(";") if arguments.runs else list(RUNS)
     for seed in range(arguments.seeds):
         calibration = windows("calibration", arguments.samples, seed)
         for name in methods:
-            runs = found.get(name, {"runs": []})["runs"]
-            if len(runs) > seed:
-                continue
-            runs.append(run(METHODS[name], arguments.sparsity, calibration, yard))
-            print(f"{name}, seed {seed}: {json.dumps(runs[-1])}", flush=True)
-            found[name] = {"summary": summary(runs), "runs": runs}
-            record["methods"] = {key: found[key] for key in METHODS if key in found}
-            write(arguments.out, "allocation", record)
+            allocation, rules, seconds = ALLOCATIONS[name], None, 0.0
+            for run in chosen:
+                found = record["runs"].setdefault(run, {})
+                runs = found.get(name, {"runs": []})["runs"]
+                if len(runs) > seed:
+                    continue
+                if rules is None or allocation.measure == "run":
+                    rules, seconds = allocated(
+                        allocation, arguments.sparsity, calibration, RUNS[run]
+                    )
+                one = measured(rules, calibration, RUNS[run], yard)
+                runs.append({**one, "allocation_seconds": seconds})
+                print(f"{run}, {name}, seed {seed}: {json.dumps(runs[-1])}", flush=True)
+                found[name] = {"summary": summary(runs), "runs": runs}
+                record["runs"][run] = {key: found[key] for key in ALLOCATIONS if key in found}
+                write(arguments.out, "allocation", record)
     print(table(record))
     plot(record, arguments.out / "allocation.png")
 

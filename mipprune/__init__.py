@@ -14,6 +14,7 @@ if getattr(_solvers, "DISTRIBUTION", None) != "mipprune":
 
 from solvers import InvalidInput
 
+from .allocate import Allocation
 from .calibration import Windows
 from .checkpoint import load_masks, save
 from .evaluate import Estimate, Perplexity, SideBySide, perplexity, side_by_side
@@ -27,6 +28,7 @@ from .rules import Rules
 from .surrogate import Surrogate
 
 __all__ = [
+    "Allocation",
     "Estimate",
     "InvalidInput",
     "LayerResult",

@@ -166,6 +166,14 @@ def prune(
         float | None,
         typer.Option(help="Judge masks with this share of the inputs' mean taken out of G."),
     ] = None,
+    allocate: Annotated[
+        str | None,
+        typer.Option(
+            help="Share out --sparsity among the layers at equal total: integer_program, by what "
+            "each layer's pruning does to the model's predictions; or owl.  [default: each layer "
+            "alike]"
+        ),
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = 128,
     seqlen: SeqLen = 2048,
@@ -217,6 +225,7 @@ def prune(
     ] = None,
 ) -> None:
     """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
+    from .allocate import Allocation
     from .defaults import BEST, REASON, chosen_method
     from .job import plan_job, prune_to_folder
     from .layer_step import LayerStep
@@ -259,11 +268,14 @@ def prune(
             Surrogate(shrink=method.shrink, centre=method.centre),
             method.update,  # type: ignore[arg-type] # checked there
         ),
+        "allocation": None if allocate is None else Allocation(allocate),  # type: ignore[arg-type]
     }
     _quiet_transformers()
     if dry_run:
         with _err.status("") as status:
             _out.print(plan_table(plan_job(model, observer=_phases(status), **arguments)))
+        if allocate is not None:
+            _out.print("Besides, the allocation's pass over the dense model; it is not estimated.")
         return
     quiet = quiet or not is_first_process()
     if not quiet:

@@ -16,6 +16,7 @@ import torch
 
 from solvers import Pattern
 
+from .allocate import Allocation
 from .calibration import Windows, window_length
 from .checkpoint import Shards, save_beside
 from .estimate import Plan, choose_batch, plan
@@ -31,6 +32,7 @@ from .ranks import Ranks, own_device, ranks_of_environment
 from .record import PruneReport
 from .rules import Rules
 from .settings import Grams, Settings
+from .share_out import check_allocation
 from .walk import HOST_BYTES
 from .work import WorkFolder
 
@@ -292,6 +294,7 @@ def plan_job(
     solver_options: dict[str, Any] | None = None,
     token_cache: str | Path | None = None,
     layer_step: LayerStep | None = None,
+    allocation: Allocation | None = None,
     host_bytes: float = HOST_BYTES,
     observer: Observer | None = None,
 ) -> Plan:
@@ -321,7 +324,10 @@ def plan_job(
         batch_size,
         seed,
         layer_step or LayerStep(),
+        allocation,
     )
+    if allocation is not None:
+        check_allocation(allocation, rules, placement)
     windows = calibration_windows(
         model, opened.tokenizer, calibration, samples, seqlen, seed, token_cache
     )

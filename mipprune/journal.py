@@ -24,18 +24,29 @@ from solvers import InvalidInput
 
 from .models import PrunableLayer
 from .record import LayerResult, PrunedLayer, PruneReport, pack, unpack
+from .rules import Rules
 
 _MAGIC = b"mipj"
+_RULES = b"rules of layers: "
+"""Begins no layer's record, which begins with a length: it would be above 10^18."""
 _HEAD = struct.Struct(">4sQ32s")
 _DECISIVE = ("mipprune", "torch", "numpy", "numba", "transformers", "device", "dtype", "threads")
 """What of the environment may change masks in their last bits."""
 
 
 class Finished:
-    """Layers that an earlier part of the run finished."""
+    """Layers that an earlier part of the run finished.
 
-    def __init__(self, records: dict[str, dict[str, Any]] | None = None) -> None:
-        self._records = records or {}
+    Attributes
+    ----------
+    rules
+        How it had allocated sparsity to layers; None if it had not.
+    """
+
+    def __init__(
+        self, records: dict[str, dict[str, Any]] | None = None, rules: Rules | None = None
+    ) -> None:
+        self._records, self.rules = records or {}, rules
 
     def __len__(self) -> int:
         return len(self._records)
@@ -70,6 +81,9 @@ class Journal:
     def begin(self, report: PruneReport) -> Finished:
         """Start or go on with the run that a (still empty) report describes."""
         return Finished()
+
+    def allocate(self, rules: Rules) -> None:
+        """Write down how sparsity is allocated to layers, before any is finished."""
 
     def finish(self, layer: PrunableLayer, pruned: PrunedLayer) -> None:
         """Write down a layer, before its weight is changed."""
@@ -112,7 +126,14 @@ class FileJournal(Journal):
             self._append(json.dumps(run).encode())
             return Finished()
         self._must_be_same(json.loads(earlier[0]), json.loads(json.dumps(run)))
-        return Finished({record["result"]["name"]: record for record in map(_layer, earlier[1:])})
+        rules = None
+        if len(earlier) > 1 and earlier[1].startswith(_RULES):
+            rules = Rules.from_dict(json.loads(earlier.pop(1).removeprefix(_RULES)))
+        layers = {record["result"]["name"]: record for record in map(_layer, earlier[1:])}
+        return Finished(layers, rules)
+
+    def allocate(self, rules: Rules) -> None:
+        self._append(_RULES + json.dumps(rules.to_dict()).encode())
 
     def finish(self, layer: PrunableLayer, pruned: PrunedLayer) -> None:
         from safetensors.numpy import save

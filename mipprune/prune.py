@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from solvers import InvalidInput, MaskProblem, Pattern, PerLayer
 
+from .allocate import Allocation
 from .calibration import Windows, check_tokens, read_windows, window_length
 from .environment import environment
 from .estimate import choose_batch
@@ -25,6 +27,7 @@ from .ranks import ALONE, Ranks
 from .record import PruneReport
 from .rules import Rules
 from .settings import Grams, Settings
+from .share_out import check_allocation, shared_out
 from .walk import HOST_BYTES, BlockWalk
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ def prune(
     solver_options: dict[str, Any] | None = None,
     token_cache: str | Path | None = None,
     layer_step: LayerStep | None = None,
+    allocation: Allocation | None = None,
     placement: Placement | None = None,
     journal: Journal = NO_JOURNAL,
     host_bytes: float = HOST_BYTES,
@@ -87,6 +91,8 @@ def prune(
     layer_step
         How masks are judged and weights updated after them; None for the plain layer loss and
         weights as they are.
+    allocation
+        Shares out the pattern's sparsity among the layers; None gives it to every layer.
     placement
         Where the weights are, if not all on one device.
     journal
@@ -122,10 +128,13 @@ def prune(
         batch_size,
         seed,
         layer_step or LayerStep(),
+        allocation,
     )
     covered = coverage(placement.blocks_name, placement.blocks, model)
     layers = all_layers(placement.blocks_name, placement.blocks)
     rules.check(layer.name for layer in layers)
+    if allocation is not None:
+        check_allocation(allocation, rules, placement)
     chosen = [layer for layer in layers if rules.pattern_for(layer.name) is not None]
     for layer in chosen:
         check_layer(layer, settings)
@@ -133,16 +142,20 @@ def prune(
     observer.begin(len(placement.blocks), sum(layer.weight.numel() for layer in chosen))
     observer.phase("calibration text")
     windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed, token_cache)
-    observer.phase("replay check and capture")
-    walk = BlockWalk(
-        placement,
-        windows.tokens,
-        settings.batch_size,
-        propagate=grams == "pruned",
-        host_bytes=host_bytes,
-        ranks=ranks,
-        warn=observer.warning,
-    )
+
+    def captured() -> BlockWalk:
+        observer.phase("replay check and capture")
+        return BlockWalk(
+            placement,
+            windows.tokens,
+            settings.batch_size,
+            propagate=grams == "pruned",
+            host_bytes=host_bytes,
+            ranks=ranks,
+            warn=observer.warning,
+        )
+
+    walk = captured()
     report = PruneReport(
         settings={**settings.to_dict(), "blocks": placement.blocks_name},
         calibration={
@@ -167,6 +180,19 @@ def prune(
             f"not {samples}."
         )
     finished = ranks.gather_objects(journal.begin(report))[0]
+    if allocation is not None:
+        allocated = finished.rules
+        if allocated is None:
+            del walk  # its activations make room for those of the dense pass
+            allocated = shared_out(
+                settings, placement, windows,
+                host_bytes=host_bytes, ranks=ranks, observer=observer,
+            )  # fmt: skip
+            journal.allocate(allocated)
+            walk = captured()
+        rules = allocated
+        settings = replace(settings, rules=rules)
+        report.settings["rules"] = rules.to_dict()
     solve_layer = LayerSolver(settings, ranks, observer.warning)
     for step in walk:
         for layer in step.layers:

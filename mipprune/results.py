@@ -202,6 +202,10 @@ def place(record: dict[str, Any], name: str) -> tuple[str, str]:
 def pattern_text(record: dict[str, Any]) -> str:
     """The patterns of a run, for people."""
     rules = Rules.of_settings(record["settings"])
+    allocation = record["settings"].get("allocation")
+    if allocation is not None:
+        shared = allocation["method"].replace("_", " ")
+        return f"{rules.default} on average, allocated to layers by {shared}"
     others = len(rules.rules) + len(rules.ignore) + len(rules.only)
     return f"{rules.default}" + (", with rules by layer" if others else "")
 

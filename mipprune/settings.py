@@ -8,6 +8,7 @@ from typing import Any, Literal
 from solvers import InvalidInput, get_solver
 from solvers.registry import DEFAULT_START
 
+from .allocate import Allocation
 from .layer_step import LayerStep
 from .masks import StartMasks
 from .rules import Rules
@@ -38,6 +39,7 @@ class Settings:
     batch_size: int = 8
     seed: int = 0
     layer_step: LayerStep = field(default_factory=LayerStep)
+    allocation: Allocation | None = None
 
     def __post_init__(self) -> None:
         chosen = get_solver(self.solver, **self.solver_options)
@@ -69,6 +71,7 @@ class Settings:
             "start_sha256": None if masks is None else masks.digest,
             "solver_options": self.solver_options,
             "layer_step": self.layer_step.to_dict(),
+            "allocation": self.allocation and self.allocation.to_dict(),
             "pattern": self.rules.default.to_dict(),
             "rules": self.rules.to_dict(),
             "grams": self.grams,

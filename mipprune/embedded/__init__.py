@@ -70,12 +70,12 @@ def _documents() -> Iterator[tuple[str, str]]:
     for name in sorted(topics):
         yield f"topic {name}", topics[name]
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text = _docstrings(path)
+        text = docstrings(path)
         if text:
             yield f"module {path.stem}", text
 
 
-def _docstrings(path: Path) -> str:
+def docstrings(path: Path) -> str:
     """All docstrings of a source file, in order; the file is parsed, never run."""
     tree = ast.parse(path.read_bytes())
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

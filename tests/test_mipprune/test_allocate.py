@@ -8,24 +8,30 @@ from hypothesis import strategies as st
 from models import tiny_model, tiny_tokens
 
 import mipprune
-from mipprune.allocate import (
-    BlockOutliers,
-    LossCurve,
-    Option,
-    allocate,
-    allocated_rules,
-    choose,
-    loss_curves,
-    outlier_ratios,
-    owl,
-)
+from mipprune.allocate import Allocation, allocate
 from mipprune.calibration import Windows
+from mipprune.dense_walk import DenseWalk
+from mipprune.job import prune_to_folder
+from mipprune.journal import FileJournal
+from mipprune.loss_curves import LossCurve, Option, loss_curves
 from mipprune.models import find_blocks
+from mipprune.owl import BlockOutliers, outlier_ratios, owl
+from mipprune.placement import FromHost, Placement
 from mipprune.prune import all_layers
-from solvers import InvalidInput, MaskProblem, PerLayer, PerRow, solve
+from mipprune.rules import Rules
+from mipprune.settings import Settings
+from mipprune.share_out import shared_out
+from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, solve
+from solvers.knapsack import choose
 
 WINDOWS = Windows(tiny_tokens(windows=6, length=32), "random")
 SIZE = {"samples": 6, "batch_size": 4}
+HALF = Rules(PerRow(sparsity=0.5))
+CPU = torch.device("cpu")
+
+
+def walk_of(model, rules=HALF, windows=WINDOWS):
+    return DenseWalk(Placement(model), windows, rules, 4)
 
 
 def layers_of(model):
@@ -101,17 +107,24 @@ def test_bounds_that_cannot_hold_are_refused():
         allocate(both, 0.6, high=0.5)
     with pytest.raises(InvalidInput, match="a was not measured between"):
         allocate(both, 0.6, low=0.95)
+
+
+def test_what_cannot_be_shared_out_is_refused():
     model = tiny_model("llama")
-    for options, message in [
-        ({"method": "best"}, "none of uniform, owl, integer_program"),
-        ({"low": 0.7}, "needs bounds"),
-        ({"criterion": "hope"}, "none of loss, relative, divergence"),
-        ({"scope": "column"}, "none of row, layer"),
-        ({"ignore": ("nothing",)}, "No layer is named 'nothing'"),
-        ({"probe": 0}, "probe=0"),
+    for allocation, pattern, message in [
+        ({"method": "best"}, PerRow(sparsity=0.6), "none of uniform, owl, integer_program"),
+        ({"criterion": "hope"}, PerRow(sparsity=0.6), "none of loss, relative, divergence"),
+        ({"measure": "guess"}, PerRow(sparsity=0.6), "none of swap, run"),
+        ({"probe": 0}, PerRow(sparsity=0.6), "probe=0"),
+        ({"low": 0.7}, PerRow(sparsity=0.6), "needs bounds"),
+        ({}, NM(2, 4), "the pattern is 2:4"),
+        ({}, PerRow(keep=5), "shares out a sparsity"),
+        ({}, Rules(PerRow(sparsity=0.6), (("*.0.*", None),)), r"a rule names one for '\*\.0\.\*'"),
     ]:
         with pytest.raises(InvalidInput, match=message):
-            allocated_rules(model, None, WINDOWS, 0.6, **options, **SIZE)
+            mipprune.prune(
+                model, None, WINDOWS, pattern, allocation=Allocation(**allocation), **SIZE
+            )
 
 
 def test_owl_on_a_case_worked_out_by_hand():
@@ -148,7 +161,7 @@ def test_outliers_are_counted_over_a_whole_block():
         model(WINDOWS.tokens)
     for hook in hooks:
         hook.remove()
-    found = outlier_ratios(model, None, WINDOWS, 2.0, **SIZE)
+    found = outlier_ratios(walk_of(model), 2.0)
     assert [list(block.shapes) for block in found] == [
         [layer.name for layer in layers_of(model) if f".{index}." in layer.name]
         for index in range(3)
@@ -167,9 +180,7 @@ def test_outliers_are_counted_over_a_whole_block():
 def test_curves_are_the_losses_and_the_divergence_of_single_layers(family):
     model, dense = tiny_model(family), tiny_model(family)
     before = [layer.weight.clone() for layer in layers_of(model)]
-    curves = loss_curves(
-        model, None, WINDOWS, 0.5, [0.25, 0.5, 0.75], anchors=[0.25, 0.75], probe=6, **SIZE
-    )
+    curves = loss_curves(walk_of(model), 0.5, [0.25, 0.5, 0.75], anchors=[0.25, 0.75], probe=6)
     assert all(torch.equal(a, b.weight) for a, b in zip(before, layers_of(model), strict=True))
     assert [one.layer for one in curves] == [layer.name for layer in layers_of(model)]
     index = len(curves) - 1
@@ -193,29 +204,132 @@ def test_curves_are_the_losses_and_the_divergence_of_single_layers(family):
     # Between its anchors the divergence per unit of loss is interpolated.
     low, middle, high = (option.cost / option.loss for option in last.options)
     assert middle == pytest.approx((low + high) / 2)
-    relative = loss_curves(model, None, WINDOWS, 0.5, [0.5], criterion="relative", **SIZE)[index]
+    relative = loss_curves(walk_of(model), 0.5, [0.5], criterion="relative")[index]
     assert relative.options[0].cost == pytest.approx(last.options[1].loss / last.energy)
 
 
-@pytest.mark.parametrize("scope", ["row", "layer"])
+@pytest.mark.parametrize("scope", [PerRow, PerLayer])
 @pytest.mark.parametrize("method", ["owl", "integer_program"])
-def test_rules_remove_as_much_as_uniform_sparsity(method, scope):
+def test_a_run_removes_as_much_as_with_uniform_sparsity(method, scope):
     model = tiny_model("llama")
-    options = {"scope": scope, "ignore": ("*.0.*",), **SIZE}
-    uniform = allocated_rules(model, None, WINDOWS, 0.6, "uniform", **options)
-    rules = allocated_rules(model, None, WINDOWS, 0.6, method, **options)
+    rules = Rules(scope(sparsity=0.6), ignore=("*.0.*",))
+    report = mipprune.prune(
+        model, None, WINDOWS, rules, "wanda", allocation=Allocation(method), **SIZE
+    )
     chosen = [layer for layer in layers_of(model) if ".0." not in layer.name]
-    excess = removed_by(rules, chosen) - removed_by(uniform, chosen)
-    assert 0 <= excess <= sum(layer.weight.shape[0] for layer in chosen)
-    assert len({rules.pattern_for(layer.name).keep for layer in chosen}) > 1
-    report = mipprune.prune(model, None, WINDOWS, rules, "wanda", samples=6)
     assert [result.name for result in report.layers] == [layer.name for layer in chosen]
+    allocated = Rules.of_settings(report.settings)
+    excess = removed_by(allocated, chosen) - removed_by(rules, chosen)
+    assert 0 <= excess <= sum(layer.weight.shape[0] for layer in chosen)
+    assert len({result.sparsity for result in report.layers}) > 1
+    for layer in chosen:
+        assert allocated.pattern_for(layer.name).is_feasible(layer.weight != 0)
+    assert report.settings["allocation"]["method"] == method
+
+
+def test_divergences_can_be_measured_as_the_run_will_prune():
+    step = mipprune.LayerStep(update="least_squares")
+    allocation = Allocation(measure="run")
+    settings = Settings(HALF, "alps", batch_size=4, layer_step=step, allocation=allocation)
+    layers = layers_of(tiny_model("gpt2"))
+    rules = shared_out(settings, Placement(tiny_model("gpt2")), WINDOWS)
+    assert removed_by(rules, layers) >= removed_by(HALF, layers)
+    pruned = []
+
+    def prune(layer, gram, pattern):
+        pruned.append(pattern)
+        return torch.zeros_like(layer.weight)
+
+    model = tiny_model("gpt2")
+    last = loss_curves(walk_of(model), 0.5, [0.5], prune=prune, probe=6)[-1]
+    assert len(pruned) == len(layers_of(model))
+    gone = tiny_model("gpt2")
+    with torch.no_grad():
+        layers_of(gone)[-1].weight.zero_()
+    kl = mipprune.side_by_side(model, gone, WINDOWS).kl.mean
+    assert next(iter(last.divergence.values())) == pytest.approx(kl, rel=1e-3)
+
+
+def test_blocks_that_visit_the_device_give_the_same_curves():
+    placed = FromHost(tiny_model("llama"), CPU)
+    visiting = loss_curves(DenseWalk(placed, WINDOWS, HALF, 4), 0.5, [0.5])
+    assert visiting == loss_curves(walk_of(tiny_model("llama")), 0.5, [0.5])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny model's folder; its tokenizer is another model's and not used."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("llama").save_pretrained(folder)
+    mipprune.load_model("embedded", CPU).tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_interrupted_run_goes_on_with_the_rules_it_had(source, tmp_path, monkeypatch):
+    pattern, settings = PerRow(sparsity=0.5), {"allocation": Allocation(), **SIZE}
+    whole = prune_to_folder(source, tmp_path / "whole", WINDOWS, pattern, **settings)
+    finish = FileJournal.finish
+
+    def crash(self, layer, pruned):
+        finish(self, layer, pruned)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileJournal, "finish", crash)
+        with pytest.raises(KeyboardInterrupt):
+            prune_to_folder(source, tmp_path / "out", WINDOWS, pattern, **settings)
+    with pytest.raises(InvalidInput, match=r"'allocation\.method' is 'owl' now"):
+        prune_to_folder(
+            source,
+            tmp_path / "out",
+            WINDOWS,
+            pattern,
+            resume=True,
+            allocation=Allocation("owl"),
+            **SIZE,
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(Allocation, "rules", None)  # they are in the journal
+        resumed = prune_to_folder(
+            source, tmp_path / "out", WINDOWS, pattern, resume=True, **settings
+        )
+    assert resumed.mask_hash == whole.mask_hash
+    records = [(tmp_path / name / "mipprune.json").read_bytes() for name in ("whole", "out")]
+    assert records[0] == records[1]
+
+
+def test_weights_that_are_streamed_do_with_owl_alone(source, tmp_path):
+    settings = {"solver": "wanda", **SIZE}
+    found = [
+        prune_to_folder(
+            source,
+            tmp_path / f"{stream}",
+            WINDOWS,
+            PerRow(sparsity=0.5),
+            stream=stream,
+            allocation=Allocation("owl"),
+            **settings,
+        )
+        for stream in (False, True)
+    ]
+    assert found[0].mask_hash == found[1].mask_hash
+    with pytest.raises(InvalidInput, match="give --no-stream, or --allocate owl"):
+        prune_to_folder(
+            source,
+            tmp_path / "not",
+            WINDOWS,
+            PerRow(sparsity=0.5),
+            stream=True,
+            allocation=Allocation(),
+            **settings,
+        )
+    assert not list(tmp_path.glob("not*"))
 
 
 def test_an_expert_that_saw_no_token_keeps_the_uniform_sparsity():
     model = tiny_model("mixtral")
     few = Windows(tiny_tokens(windows=1, length=2), "random")
-    curves = loss_curves(model, None, few, 0.5, [0.25, 0.5, 0.75], samples=1, probe=1)
+    curves = loss_curves(walk_of(model, windows=few), 0.5, [0.25, 0.5, 0.75], probe=1)
     unseen = [one for one in curves if one.energy == 0]
     assert 0 < len(unseen) < len(curves)
     for one in unseen:

@@ -133,6 +133,23 @@ def test_a_recipe_equals_the_command_line(run, tmp_path):
     assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(events))
 
 
+def test_an_allocation_repeats_from_its_recipe(run, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    prune = ["prune", "embedded", "--sparsity", "0.6", "--solver", "wanda", *FAST]
+    code, _, error = run(*prune, "--allocate", "owl", "--only", "*.mlp.*", "--out", first)
+    assert code == 0, error
+    assert run("prune", "embedded", "--config", first / "recipe.yaml", "--out", again)[0] == 0
+    records = [json.loads((out / "mipprune.json").read_text()) for out in (first, again)]
+    assert records[0]["mask_hash"] == records[1]["mask_hash"]
+    assert len({layer["sparsity"] for layer in records[0]["layers"]}) > 1
+    assert "allocated to layers by owl" in (first / "README.md").read_text()
+    code, _, error = run(
+        "prune", "embedded", "--pattern", "2:4", "--allocate", "owl", "--out", tmp_path / "no"
+    )
+    assert code == 2
+    assert "the pattern is 2:4; give --sparsity, or leave --allocate out." in error
+
+
 def test_recipes_that_say_nonsense_are_refused(run, tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     for text, message in [

@@ -1,0 +1,78 @@
+"""The part of a run that shares out its sparsity among the layers, before any is pruned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from solvers import InvalidInput, PerLayer, PerRow
+
+from .allocate import Allocation
+from .calibration import Windows
+from .dense_walk import DenseWalk
+from .gram import Gram
+from .layer import LayerSolver
+from .loss_curves import Prune
+from .models import PrunableLayer
+from .observer import Observer
+from .placement import FromFolder, Placement
+from .ranks import ALONE, Ranks
+from .rules import Rules
+from .settings import Settings
+from .walk import HOST_BYTES
+
+
+def check_allocation(allocation: Allocation, rules: Rules, placement: Placement) -> None:
+    """Refuse what cannot be shared out, or not of a model that is read block by block."""
+    allocation.check(rules)
+    if allocation.forwards and isinstance(placement, FromFolder):
+        raise InvalidInput(
+            "An allocation by integer program runs the whole model several times for every layer, "
+            "which is too slow for one that is read block by block; give --no-stream, or "
+            "--allocate owl."
+        )
+
+
+def shared_out(
+    settings: Settings,
+    placement: Placement,
+    windows: Windows,
+    *,
+    host_bytes: float = HOST_BYTES,
+    ranks: Ranks = ALONE,
+    observer: Observer | None = None,
+) -> Rules:
+    """The settings' rules with a sparsity for each layer, by their allocation.
+
+    Takes a pass over the dense model, which is left as it was. All processes end with the same.
+    """
+    assert settings.allocation is not None, "there is an allocation to follow"
+    walk = DenseWalk(
+        placement,
+        windows,
+        settings.rules,
+        settings.batch_size,
+        host_bytes=host_bytes,
+        ranks=ranks,
+        observer=observer,
+    )
+    rules = settings.allocation.rules(walk, settings.rules, _pruned_as_in(settings, ranks))
+    return ranks.gather_objects(rules)[0]
+
+
+def _pruned_as_in(settings: Settings, ranks: Ranks) -> Prune:
+    """Layers pruned as the run prunes them, but at another sparsity."""
+
+    def prune(layer: PrunableLayer, gram: Gram, pattern: PerRow) -> Tensor:
+        chosen: PerRow | PerLayer = pattern
+        if settings.rules.default.coupled:
+            rows, inputs = layer.weight.shape
+            chosen = PerLayer(keep=rows * pattern.kept_per_cell((rows, inputs)))
+        solve = LayerSolver(replace(settings, rules=Rules(chosen), allocation=None), ranks)
+        pruned = solve(layer, gram)
+        if pruned.weight is not None:
+            return pruned.weight
+        return layer.weight.masked_fill(~pruned.mask.to(layer.weight.device), 0.0)
+
+    return prune
