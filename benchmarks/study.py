@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import mipprune
+from mipprune.allocate import Allocation
 from mipprune.calibration import Windows, cut_windows, read_texts
 from mipprune.capture import forward
 from mipprune.layer_step import LayerStep
@@ -38,6 +39,11 @@ WINDOW = 256
 HALF = Surrogate(shrink=0.5)
 TABU = {"solver": "chain", "solver_options": {"stages": [["tabu", {"iterations": 4000}]]}}
 
+
+def _squares(damping: float = 1e-2) -> LayerStep:
+    return LayerStep(update="least_squares", update_damping=damping)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"solver": "magnitude"},
     "wanda": {"solver": "wanda"},
@@ -48,22 +54,36 @@ METHODS: dict[str, dict[str, Any]] = {
     "swap": {"solver": "swap"},
     "tabu": TABU,
     "swap, shrink 0.5": {"solver": "swap", "layer_step": LayerStep(HALF)},
+    "swap, shrink 0.5, allocated": {
+        "solver": "swap",
+        "layer_step": LayerStep(HALF),
+        "allocation": Allocation(),
+    },
     "wanda + gain": {"solver": "wanda", "layer_step": LayerStep(update="gain")},
     "ria + gain": {"solver": "ria", "layer_step": LayerStep(update="gain")},
     "swap, shrink 0.5 + gain": {"solver": "swap", "layer_step": LayerStep(HALF, update="gain")},
-    "sparsegpt": {"solver": "sparsegpt", "layer_step": LayerStep(update="sparsegpt")},
-    "alps": {"solver": "alps", "layer_step": LayerStep(update="least_squares")},
-    "joint": {"solver": "joint", "layer_step": LayerStep(update="least_squares")},
-    "joint, shrink 0.1": {
-        "solver": "joint",
-        "layer_step": LayerStep(Surrogate(shrink=0.1), update="least_squares"),
+    "swap, shrink 0.5, allocated + gain": {
+        "solver": "swap",
+        "layer_step": LayerStep(HALF, update="gain"),
+        "allocation": Allocation(),
     },
-    "wanda + least squares": {"solver": "wanda", "layer_step": LayerStep(update="least_squares")},
-    "swap + least squares": {"solver": "swap", "layer_step": LayerStep(update="least_squares")},
+    "sparsegpt": {"solver": "sparsegpt", "layer_step": LayerStep(update="sparsegpt")},
+    "wanda + least squares": {"solver": "wanda", "layer_step": _squares()},
+    "swap + least squares": {"solver": "swap", "layer_step": _squares()},
     "swap, shrink 0.5 + least squares": {
         "solver": "swap",
         "layer_step": LayerStep(HALF, update="least_squares"),
     },
+    "alps": {"solver": "alps", "layer_step": _squares()},
+    "alps, damping 0.1": {"solver": "alps", "layer_step": _squares(0.1)},
+    "alps, allocated": {"solver": "alps", "layer_step": _squares(), "allocation": Allocation()},
+    "alps, allocated, damping 0.1": {
+        "solver": "alps",
+        "layer_step": _squares(0.1),
+        "allocation": Allocation(),
+    },
+    "joint": {"solver": "joint", "layer_step": _squares()},
+    "joint, allocated": {"solver": "joint", "layer_step": _squares(), "allocation": Allocation()},
 }
 
 
@@ -232,7 +252,7 @@ def main() -> None:
         pattern = parse(text)
         results = record["patterns"].setdefault(str(pattern), {})
         for name in methods:
-            if name in results:
+            if name in results or ("allocation" in METHODS[name] and isinstance(pattern, NM)):
                 continue
             runs = []
             for seed in range(arguments.seeds):
