@@ -25,6 +25,7 @@ from .observer import Observer
 from .prune import layer_problem, prune
 from .record import LayerResult, PruneReport
 from .rules import Rules
+from .structured import Method, ShrinkReport, Shrunk, save_smaller, shrink
 from .surrogate import Surrogate
 
 __all__ = [
@@ -34,10 +35,13 @@ __all__ = [
     "LayerResult",
     "LayerStep",
     "LoadedModel",
+    "Method",
     "Observer",
     "Perplexity",
     "PruneReport",
     "Rules",
+    "ShrinkReport",
+    "Shrunk",
     "SideBySide",
     "StartMasks",
     "Surrogate",
@@ -50,6 +54,8 @@ __all__ = [
     "perplexity",
     "prune",
     "save",
+    "save_smaller",
+    "shrink",
     "side_by_side",
     "zero_pattern",
 ]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .demo import DemoRow
     from .estimate import Plan
     from .record import LayerResult, PruneReport
+    from .structured.report import ShrinkReport
     from .timing import Timing
 
 
@@ -40,6 +41,30 @@ def layer_table(report: PruneReport) -> Table:
         table.add_row(kind, *_sums(layers))
     table.add_section()
     table.add_row("all", *_sums(report.layers))
+    return table
+
+
+def shrink_table(report: ShrinkReport) -> Table:
+    """Groups removed from every block, summed by kind."""
+    from .structured.coupling import WORDS
+
+    table = Table(title=f"Removed in {report.seconds:.1f} s", box=SIMPLE_HEAD)
+    table.add_column("from every block", no_wrap=True)
+    for column in ("left", "loss", "/ wanda_sp", "updated", "/ output", "gap"):
+        table.add_column(column, justify="right")
+    for kind, (before, after) in report.counts.items():
+        layers = [one for one in report.layers if one.kind == kind]
+        loss = sum(one.loss for one in layers)
+        gaps = [one.gap for one in layers if one.gap is not None]
+        table.add_row(
+            WORDS[kind],
+            f"{after} of {before}",
+            f"{loss:.4g}",
+            _ratio(loss, sum(one.loss_wanda_sp for one in layers)),
+            f"{sum(one.updated_loss for one in layers):.4g}",
+            f"{sum(one.relative_error for one in layers) / len(layers):.2%}",
+            f"{max(gaps):.2%}" if len(gaps) == len(layers) else "–",
+        )
     return table
 
 

@@ -57,7 +57,7 @@ def write_results(folder: Path, record: dict[str, Any]) -> None:
     """
     from .recipe import recipe_text
 
-    texts = {CARD_FILE: model_card(record)}
+    texts = {CARD_FILE: _card(record)}
     if record.get("recipe"):
         texts[RECIPE_FILE] = recipe_text(record["recipe"])
     for name, text in texts.items():
@@ -67,9 +67,29 @@ def write_results(folder: Path, record: dict[str, Any]) -> None:
         write_report(folder, record)
 
 
+def _card(record: dict[str, Any]) -> str:
+    if record.get("kind") != "shrink":
+        return model_card(record)
+    from .structured.report import smaller_card
+
+    return smaller_card(record, _evaluation_table(record.get("evaluations", [])))
+
+
 def write_report(folder: Path, record: dict[str, Any]) -> None:
-    """Write a record's HTML report into its folder, with times from `TIMINGS_FILE` if there."""
+    """Write a record's HTML report into its folder, with times from `TIMINGS_FILE` if there.
+
+    Raises
+    ------
+    InvalidInput
+        If it is the record of a model made smaller, for which there is no such report.
+    """
     from .html_report import html_report
+
+    if record.get("kind") == "shrink":
+        raise InvalidInput(
+            f"{folder} holds a model made smaller, whose results are in its {CARD_FILE}; the "
+            "report is for models with masks."
+        )
 
     timings = folder / TIMINGS_FILE
     times = _json(timings) if timings.is_file() else {}

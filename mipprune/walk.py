@@ -6,7 +6,7 @@ activations, one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,14 @@ class BlockStep:
     """
 
     def __init__(
-        self, index: int, layers: list[PrunableLayer], collect: Callable[[], GramCollector]
+        self,
+        index: int,
+        layers: list[PrunableLayer],
+        collect: Callable[[], GramCollector],
+        run: Callable[[nn.Module], Tensor],
     ) -> None:
         self.index, self.layers = index, layers
-        self._collect = collect
+        self._collect, self._run = collect, run
         self._grams: GramCollector | None = None
         self._changes: list[tuple[PrunableLayer, Tensor, Tensor | None]] = []
 
@@ -61,6 +65,15 @@ class BlockStep:
         If a new weight is given, it takes the old one's place.
         """
         self._changes.append((layer, mask, weight))
+
+    def output(self, block: nn.Module) -> Tensor:
+        """What a block gives in this one's place, on the first batch."""
+        return self._run(block)
+
+    def refresh(self) -> None:
+        """Make the changes so far; Gram matrices asked for from now on see them."""
+        self.apply()
+        self._grams = None
 
     def apply(self) -> bool:
         """Make the changes; whether there were any."""
@@ -93,6 +106,8 @@ class BlockWalk:
         The processes that share the batches.
     warn
         Told when the batch size is halved.
+    watched
+        Layers whose Gram matrices may be asked for; None for all.
     """
 
     def __init__(
@@ -106,8 +121,10 @@ class BlockWalk:
         folder: Path | None = None,
         ranks: Ranks = ALONE,
         warn: Callable[[str], None] = lambda _: None,
+        watched: Container[str] | None = None,
     ) -> None:
         self._placement, self._ranks, self._warn = placement, ranks, warn
+        self._watched = watched
         self._name, self._blocks = placement.blocks_name, placement.blocks
         self._propagate = propagate
         batches = torch.split(tokens, batch_size)
@@ -154,7 +171,8 @@ class BlockWalk:
 
         @torch.no_grad()
         def collect() -> GramCollector:
-            grams = GramCollector(layers, self._ranks)
+            seen = [one for one in layers if self._watched is None or one.name in self._watched]
+            grams = GramCollector(seen, self._ranks)
 
             def run(batch: int) -> None:
                 with grams.collecting():
@@ -165,7 +183,11 @@ class BlockWalk:
                 grams.commit()
             return grams
 
-        return BlockStep(index, layers, collect)
+        @torch.no_grad()
+        def run(other: nn.Module) -> Tensor:
+            return self._calls[index][0].run(other, self.activations[0])
+
+        return BlockStep(index, layers, collect, run)
 
     def _advance(self, index: int) -> None:
         """Replace the hidden states by the block's outputs, if another block needs them."""

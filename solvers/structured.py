@@ -8,6 +8,10 @@ layer's output changes by
 
 which is a `MaskProblem` with one row, weight 1 and Gram matrix ``P E P^T``. A mask of that
 problem has one entry per group; `expand` gives the layer's.
+
+That problem is for weights that stay as they are. Where the kept ones are fitted anew afterwards
+(`refitted`), `eliminate` chooses the groups by what is lost after the fit. `wanda_sp` and `flap`
+are the published saliencies of groups.
 """
 
 from __future__ import annotations
@@ -114,6 +118,244 @@ def expand(mask: ArrayLike, groups: int | ArrayLike, rows: int = 1) -> Tensor:
     if int(group.max()) + 1 != count:
         raise InvalidInput(f"The mask has {count} groups where {int(group.max()) + 1} are named.")
     return mask[:, group].repeat(rows, 1)
+
+
+def wanda_sp(weight: ArrayLike, gram: ArrayLike, groups: int | ArrayLike = 1) -> Tensor:
+    """Wanda-sp's saliency of every group: ``sum |W_ij| ||X_j||`` over its inputs, float64 ``[K]``.
+
+    The structured form of Wanda that FLAP (An et al., AAAI 2024, arXiv:2312.11983) compares with.
+    Its published code takes the mean over rows, which orders groups in the same way.
+    """
+    layer = MaskProblem(weight, gram, PerRow(keep=0))
+    score = layer.weight.double().abs().sum(dim=0) * layer.gram.double().diagonal().sqrt()
+    return _summed_over(score, groups)
+
+
+def flap(
+    weight: ArrayLike, gram: ArrayLike, mean: ArrayLike, groups: int | ArrayLike = 1
+) -> Tensor:
+    """FLAP's saliency of every group: fluctuation times squared weight norm, float64 ``[K]``.
+
+    ``Var(X_j) ||W_:j||^2`` for single inputs (arXiv:2312.11983). For groups of several
+    inputs the published code sums the *squares* of that number over the group, and so does this.
+
+    Parameters
+    ----------
+    weight, gram, groups
+        As for `input_groups`.
+    mean
+        ``[d]``, of the inputs that ``gram`` was taken of.
+    """
+    layer = MaskProblem(weight, gram, PerRow(keep=0))
+    middle = torch.as_tensor(mean).double().to(layer.device)
+    variance = (layer.gram.double().diagonal() - middle.square()).clamp(min=0.0)
+    score = variance * layer.weight.double().square().sum(dim=0)
+    group = _group_of_each(groups, layer.shape[1])
+    return _summed_over(score if len(group) == int(group.max()) + 1 else score.square(), group)
+
+
+def _summed_over(score: Tensor, groups: int | ArrayLike) -> Tensor:
+    group = _group_of_each(groups, len(score)).to(score.device)
+    return score.new_zeros(int(group.max()) + 1).index_add_(0, group, score)
+
+
+def most_salient(scores: Tensor, keep: int) -> Tensor:
+    """The mask that keeps the ``keep`` groups of the largest scores, bool ``[1, K]``."""
+    return PerRow(keep=keep).round(scores.double()[None])
+
+
+def refitted(
+    weight: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    damping: float = 1e-2,
+    cross: Tensor | None = None,
+) -> Tensor:
+    """Exact least squares on inputs that all rows keep, float64 ``[rows, d]``, zero elsewhere.
+
+    Minimises ``tr (V - W)(G + lambda I)(V - W)^T`` over ``V`` on the kept inputs: all rows share
+    one system, ``V_K (G_KK + lambda I) = (W G + lambda W)_K``. `solvers.update.LeastSquares` is the
+    same for rows with masks of their own.
+
+    Parameters
+    ----------
+    weight, gram
+        ``[rows, d]`` and ``[d, d]``.
+    kept
+        Bool ``[d]``.
+    damping
+        ``lambda`` in units of the mean diagonal of ``G``.
+    cross
+        ``E y x^T [rows, d]`` of the outputs aimed at, where they are not ``W x``.
+
+    Raises
+    ------
+    InvalidInput
+        If the damping is negative, or the system is singular for lack of it.
+    """
+    if not damping >= 0:
+        raise InvalidInput(f"damping={damping} is negative; give 0 or more.")
+    w, g = weight.double(), gram.double()
+    index = kept.nonzero()[:, 0]
+    ridge = damping * float(g.diagonal().mean())
+    system = g[index][:, index]
+    system.diagonal().add_(ridge)
+    target = (w @ g if cross is None else cross.double()) + ridge * w
+    factor, info = torch.linalg.cholesky_ex(system)
+    if int(info):
+        raise InvalidInput(
+            f"The least squares system is singular with damping {damping:g}; give more damping, "
+            "such as 0.01."
+        )
+    out = torch.zeros_like(w)
+    out[:, index] = torch.cholesky_solve(target[:, index].T, factor).T
+    return out
+
+
+def eliminate(
+    weight: ArrayLike,
+    gram: ArrayLike,
+    groups: int | ArrayLike,
+    keep: int,
+    damping: float = 1e-2,
+    exchanges: int | None = None,
+) -> Tensor:
+    """Groups to keep when the kept weights are fitted anew, bool ``[1, K]``.
+
+    Starting from all, the group ``g`` goes whose loss after the fit is least,
+    ``tr W_g [(H^-1)_gg]^-1 W_g^T`` with ``H = G + lambda I`` (optimal brain surgeon on structures,
+    as in ZipLM, Kurtic et al. 2023, arXiv:2302.04089), and the rest is fitted at once. Then the
+    best group outside is exchanged for the worst one inside while the loss after the fit falls.
+
+    Parameters
+    ----------
+    weight, gram, groups
+        As for `input_groups`; all groups of one size.
+    keep
+        How many groups.
+    damping
+        As for `refitted`.
+    exchanges
+        Most exchanges; None for as many as there are groups.
+
+    Raises
+    ------
+    InvalidInput
+        If the layer or the groups are not valid ones, groups differ in size, or the damping is
+        too little for the rank of the Gram matrix.
+    """
+    layer = MaskProblem(weight, gram, PerRow(keep=0))
+    group = _group_of_each(groups, layer.shape[1]).to(layer.device)
+    count = int(group.max()) + 1
+    PerRow(keep=keep).check((1, count))
+    members = group.argsort(stable=True).view(count, -1) if len(group) % count == 0 else None
+    if members is None or not bool((group[members] == group[members[:, :1]]).all()):
+        raise InvalidInput("Groups to eliminate must be of one size.")
+    if not damping >= 0:
+        raise InvalidInput(f"damping={damping} is negative; give 0 or more.")
+    fit = _Fit(layer, members, damping)
+    for _ in range(count - keep):
+        fit.remove(int(fit.losses().argmin()))
+    if 0 < keep < count:
+        for _ in range(count if exchanges is None else exchanges):
+            gains = fit.gains()
+            best = int(gains.argmax())
+            fit.add(best)
+            losses = fit.losses()
+            worst = int(losses.argmin())
+            fit.remove(worst)
+            if worst == best or not float(losses[worst]) < float(gains[best]) * (1 - 1e-9):
+                break
+    return fit.kept[None].clone()
+
+
+class _Fit:
+    """Least squares of a layer's outputs on the kept groups, as groups come and go.
+
+    ``inverse`` is ``(H_KK)^-1`` in the rows and columns of kept inputs and zero elsewhere,
+    ``fitted`` the weights on them.
+    """
+
+    def __init__(self, layer: MaskProblem, members: Tensor, damping: float) -> None:
+        self._members = members
+        self._weight = layer.weight.double()
+        self._gram = layer.gram.double().clone()
+        self._gram.diagonal().add_(damping * float(self._gram.diagonal().mean()))
+        self._target = self._weight @ self._gram
+        factor, info = torch.linalg.cholesky_ex(self._gram)
+        if int(info):
+            raise InvalidInput(
+                f"The Gram matrix is singular with damping {damping:g}; give more, such as 0.01."
+            )
+        self._inverse = torch.cholesky_inverse(factor)
+        self._fitted = self._weight.clone()
+        self.kept = torch.ones(len(members), dtype=torch.bool, device=layer.device)
+
+    def losses(self) -> Tensor:
+        """What the loss after the fit rises by without each kept group; infinite for others."""
+        kept = self._members[self.kept]
+        blocks = self._inverse[kept[:, :, None], kept[:, None, :]]
+        fitted = self._fitted[:, kept].permute(1, 2, 0)  # [K, size, rows]
+        out = torch.full((len(self._members),), torch.inf, dtype=torch.float64)
+        out = out.to(self._weight.device)
+        out[self.kept] = _quadratic(blocks, fitted)
+        return out
+
+    def gains(self) -> Tensor:
+        """What the loss after the fit falls by with each removed group; -inf for the others."""
+        gone = self._members[~self.kept]
+        inside = self._members[self.kept].flatten()
+        between = self._gram[inside][:, gone.flatten()]
+        explained = self._inverse[inside][:, inside] @ between
+        rest = self._gram[gone[:, :, None], gone[:, None, :]] - torch.einsum(
+            "ikg,ikh->kgh", between.view(-1, *gone.shape), explained.view(-1, *gone.shape)
+        )
+        missing = self._target[:, gone.flatten()] - self._fitted[:, inside] @ between
+        out = torch.full((len(self._members),), -torch.inf, dtype=torch.float64)
+        out = out.to(self._weight.device)
+        out[~self.kept] = _quadratic(rest, missing.view(-1, *gone.shape).permute(1, 2, 0))
+        return out
+
+    def remove(self, group: int) -> None:
+        """Fit without a kept group."""
+        index = self._members[group]
+        columns = self._inverse[:, index]
+        factor = torch.linalg.cholesky(columns[index])
+        step = torch.cholesky_solve(columns.T, factor)  # [size, d]
+        self._fitted -= self._fitted[:, index] @ step
+        self._inverse -= columns @ step
+        self._fitted[:, index] = 0.0
+        self._inverse[index], self._inverse[:, index] = 0.0, 0.0
+        self.kept[group] = False
+
+    def add(self, group: int) -> None:
+        """Fit with a removed group."""
+        index = self._members[group]
+        between = self._gram[:, index] * self.kept[self._of_inputs()][:, None]
+        explained = self._inverse @ between
+        rest = self._gram[index][:, index] - between.T @ explained
+        missing = self._target[:, index] - self._fitted @ between
+        direction = -explained
+        direction[index] = torch.eye(len(index), dtype=direction.dtype, device=direction.device)
+        step = torch.cholesky_solve(direction.T, torch.linalg.cholesky(rest))
+        self._fitted += missing @ step
+        self._inverse += direction @ step
+        self.kept[group] = True
+
+    def _of_inputs(self) -> Tensor:
+        """Group of each input."""
+        of = torch.empty(self._members.numel(), dtype=torch.long, device=self._members.device)
+        of[self._members] = torch.arange(len(self._members), device=of.device)[:, None]
+        return of
+
+
+def _quadratic(blocks: Tensor, values: Tensor) -> Tensor:
+    """``tr v^T B^-1 v`` of each block ``[K, size, size]`` and its values ``[K, size, rows]``."""
+    if blocks.shape[1] == 1:
+        return values.square().sum(dim=(1, 2)) / blocks[:, 0, 0]
+    factor = torch.linalg.cholesky(blocks)
+    half: Tensor = torch.linalg.solve_triangular(factor, values, upper=False)
+    return half.square().sum(dim=(1, 2))
 
 
 def parameter_budget(

@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 from solvers import NM, InvalidInput, MaskProblem, PerRow, Status, available, solve
 from solvers.structured import (
     attention_heads,
+    eliminate,
     expand,
+    flap,
     input_channels,
     input_groups,
+    most_salient,
     neurons,
     parameter_budget,
+    refitted,
+    wanda_sp,
 )
 
 ANY = PerRow(keep=1)
@@ -192,3 +197,79 @@ def test_wrong_layers_patterns_and_masks_are_refused():
     with pytest.raises(InvalidInput, match="4 groups where 3 are named"):
         expand(torch.ones(1, 4).bool(), [0, 1, 2, 1])
     assert isinstance(input_groups(weight, gram, 3, ANY), MaskProblem)
+
+
+def test_published_saliencies_by_hand():
+    """Two tokens (1, 2, 0), (3, 2, 4) and rows (1, -2, 1), (0, 2, -3)."""
+    inputs = np.array([[1.0, 3.0], [2.0, 2.0], [0.0, 4.0]])
+    weight = np.array([[1.0, -2.0, 1.0], [0.0, 2.0, -3.0]])
+    gram, mean = inputs @ inputs.T / 2, inputs.mean(axis=1)
+    # norms per token: sqrt(5), 2, sqrt(8); sums of |w|: 1, 4, 4
+    expected = torch.tensor([5**0.5, 8.0, 4 * 8**0.5], dtype=torch.float64)
+    assert torch.allclose(wanda_sp(weight, gram), expected)
+    # variances 1, 0, 4; squared norms 1, 8, 10
+    assert torch.allclose(flap(weight, gram, mean), torch.tensor([1.0, 0.0, 40.0]).double())
+    assert most_salient(flap(weight, gram, mean), 2).tolist() == [[True, False, True]]
+    grouped = flap(weight, gram, mean, [0, 1, 1])
+    assert torch.allclose(grouped, torch.tensor([1.0, 1600.0]).double())
+    both = wanda_sp(weight, gram, [0, 1, 1])
+    assert torch.allclose(both, torch.stack([expected[0], expected[1] + expected[2]]))
+
+
+def fitted(weight, inputs, kept):
+    """Loss of the best weights on kept inputs, by least squares on the inputs themselves."""
+    dense = weight @ inputs
+    best = np.linalg.lstsq(inputs[kept].T, dense.T, rcond=None)[0]
+    return np.square(dense - best.T @ inputs[kept]).sum() / inputs.shape[1], best.T
+
+
+def test_refitted_weights_are_the_best_ones():
+    weight, inputs, gram = layer(rows=3, tokens=60, d=8)
+    kept = torch.tensor([True, False, True, True, False, True, True, False])
+    loss, best = fitted(weight, inputs, kept.numpy())
+    new = refitted(torch.tensor(weight), torch.tensor(gram), kept, damping=0.0)
+    assert np.allclose(new[:, kept], best)
+    assert not new[:, ~kept].any()
+    change = new.numpy() - weight
+    assert np.trace(change @ gram @ change.T) == pytest.approx(loss)
+    target = torch.tensor(2 * weight @ gram)
+    twice = refitted(torch.tensor(weight), torch.tensor(gram), kept, 0.0, target)
+    assert torch.allclose(twice, 2 * new)
+    with pytest.raises(InvalidInput, match="singular"):
+        refitted(torch.tensor(weight), torch.zeros(8, 8), kept, 0.0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_elimination_finds_the_best_fit(size):
+    """One group less than all is exact; more are no worse than the greedy choice."""
+    found = []
+    for seed in range(6):
+        weight, inputs, gram = layer(rows=3, tokens=60, d=6 * size, seed=seed)
+        losses = {
+            bits: fitted(weight, inputs, np.repeat(bits, size))[0]
+            for bits in itertools.product([False, True], repeat=6)
+            if sum(bits) in (3, 5)
+        }
+        for keep in (5, 3):
+            mask = eliminate(weight, gram, size, keep, damping=0.0)
+            assert mask.shape == (1, 6)
+            assert int(mask.sum()) == keep
+            best = min(loss for bits, loss in losses.items() if sum(bits) == keep)
+            ratio = losses[tuple(mask[0].tolist())] / best
+            if keep == 5:
+                assert ratio == pytest.approx(1.0, rel=1e-6)
+            found.append(ratio)
+            greedy = eliminate(weight, gram, size, keep, damping=0.0, exchanges=0)
+            assert losses[tuple(mask[0].tolist())] <= losses[tuple(greedy[0].tolist())] * 1.000001
+    assert min(found) > 1 - 1e-6
+    assert max(found) < 1.5
+
+
+def test_elimination_keeps_all_none_and_refuses():
+    weight, _, gram = layer(rows=3, tokens=60, d=6)
+    assert eliminate(weight, gram, 1, 6).all()
+    assert not eliminate(weight, gram, 1, 0).any()
+    with pytest.raises(InvalidInput, match="one size"):
+        eliminate(weight, gram, [0, 0, 0, 1, 1, 2], 2)
+    with pytest.raises(InvalidInput, match="singular"):
+        eliminate(weight, np.zeros((6, 6)), 1, 2, damping=0.0)

@@ -1,0 +1,294 @@
+import json
+import sys
+
+import pytest
+import torch
+from models import tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+import mipprune
+from mipprune import InvalidInput, Method, Windows, cli, shrink
+from mipprune.capture import forward
+from mipprune.cli import main
+from mipprune.structured.coupling import find_structure, group_count
+
+WINDOWS = Windows(tiny_tokens(), "test")
+SIZE = {"samples": 5, "seqlen": 24, "batch_size": 2}
+KEEP = Method("wanda_sp", update="none", bias="none")
+
+
+def run(family, method=KEEP, windows=WINDOWS, changes=None, **what):
+    """The model with zeros, and the smaller one."""
+    model = tiny_model(family, **(changes or {}))
+    return model, shrink(model, None, windows, method=method, **what, **SIZE)
+
+
+def same(a, b):
+    tokens = tiny_tokens(2, 20, seed=1)
+    with torch.no_grad():
+        one, other = forward(a, tokens), forward(b, tokens)
+    return torch.allclose(one, other, atol=1e-5 * float(one.abs().max()), rtol=0)
+
+
+BOTH = [
+    "llama",
+    "qwen2 sliding",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "phi",
+    "phi3",
+    "glm4",
+]
+NEURONS = [*BOTH, "gemma", "gpt2", "opt", "gpt_neox", "gpt_neo", "falcon", "olmo2", "deepseek_v3"]
+GROUPS = [*BOTH, "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+
+
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        *((family, {"neurons": 0.25}) for family in NEURONS),
+        *((family, {"kv_groups": 0.5}) for family in GROUPS),
+        *((family, {"neurons": 0.25, "kv_groups": 0.5}) for family in ("llama", "phi3")),
+    ],
+)
+def test_smaller_is_the_same_as_zeros(family, what):
+    zeros, smaller = run(family, **what)
+    assert same(zeros, smaller.model)
+    assert not same(tiny_model(family), smaller.model)
+    assert smaller.report.parameters_after < smaller.report.parameters_before
+    for kind, (before, after) in smaller.report.counts.items():
+        assert group_count(smaller.model.config, kind) == after < before
+        assert all(
+            int(kept.sum()) == after for kept in smaller.report.kept.values() if len(kept) == before
+        )
+
+
+def test_the_readers_inputs_decide_what_goes():
+    """Removed neurons are rows of gate and up and columns of down; the others are untouched."""
+    dense = tiny_model("phi3")
+    _, smaller = run("phi3", neurons=0.25)
+    kept = smaller.report.kept["model.layers.1.mlp.down_proj"][0]
+    for block, mlp in ((1, "mlp"),):
+        old, new = (m.model.layers[block].get_submodule(mlp) for m in (dense, smaller.model))
+        assert torch.equal(new.down_proj.weight, old.down_proj.weight[:, kept])
+        gate, up = old.gate_up_proj.weight.chunk(2)
+        assert torch.equal(new.gate_up_proj.weight, torch.cat([gate[kept], up[kept]]))
+    attention = [m.model.layers[1].self_attn.qkv_proj.weight for m in (dense, smaller.model)]
+    assert torch.equal(*attention)
+
+
+def test_queries_go_with_their_keys():
+    dense = tiny_model("llama")
+    _, smaller = run("llama", kv_groups=0.5)
+    (kept,) = smaller.report.kept["model.layers.2.self_attn.o_proj"].nonzero()[:, 1].tolist()
+    old, new = (m.model.layers[2].self_attn for m in (dense, smaller.model))
+    heads = slice(16 * kept, 16 * (kept + 1))  # two queries of 8 entries
+    assert torch.equal(new.q_proj.weight, old.q_proj.weight[heads])
+    assert torch.equal(new.o_proj.weight, old.o_proj.weight[:, heads])
+    assert torch.equal(new.k_proj.weight, old.k_proj.weight[8 * kept : 8 * (kept + 1)])
+    assert (smaller.model.config.num_attention_heads, smaller.model.config.head_dim) == (2, 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_it_loads_plainly(family, tmp_path):
+    tokenizer = mipprune.load_model("embedded", torch.device("cpu")).tokenizer
+    _, smaller = run(family, Method(), neurons=0.5)
+    mipprune.save_smaller(tmp_path / "out", smaller.model, tokenizer, smaller.report)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        assert torch.equal(forward(loaded, tokens), forward(smaller.model, tokens))
+    groups = mipprune.load_masks(tmp_path / "out" / "groups.safetensors")
+    assert groups.keys() == smaller.report.kept.keys()
+    with pytest.raises(InvalidInput, match="exists already"):
+        mipprune.save_smaller(tmp_path / "out", smaller.model, tokenizer, smaller.report)
+
+
+@pytest.mark.parametrize(
+    ("family", "what", "says"),
+    [
+        ("gpt2", {"kv_groups": 0.5}, "type gpt2 cannot be removed"),
+        ("opt", {"kv_groups": 0.5}, "type opt cannot be removed"),
+        ("bloom", {"neurons": 0.5}, "type bloom has no number of MLP neurons"),
+        ("falcon", {"kv_groups": 0.5}, "none that transformers loads"),
+        ("olmo2", {"kv_groups": 0.5}, "normalises over all KV groups"),
+        ("mixtral", {"neurons": 0.5}, "those of experts"),
+        ("qwen3_moe", {"neurons": 0.5}, "make no parameter smaller"),
+        ("llama", {"neurons": 1.0}, "outside"),
+        ("llama", {"kv_groups": -0.1}, "outside"),
+        ("llama", {}, "Nothing is to be removed"),
+        ("llama", {"neurons": 0.01}, "removes none"),
+        ("llama", {"neurons": 0.2, "multiple_of": 48}, "rounded to multiples of 48"),
+        ("llama", {"neurons": 0.2, "multiple_of": 0}, "give 1 or more"),
+        ("llama", {"neurons": 0.2, "grams": "both"}, "not 'both'"),
+        (
+            "mistral",
+            {"neurons": 0.5, "method": Method(bias="add")},
+            "cannot say that there is a bias",
+        ),
+    ],
+)
+def test_refusals_change_nothing(family, what, says):
+    model = tiny_model(family)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    with pytest.raises(InvalidInput, match=says):
+        shrink(model, None, WINDOWS, **{**SIZE, **what})
+    assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())
+
+
+def test_a_structure_that_is_not_understood_is_refused():
+    """A block that computes with its neurons' neighbours cannot lose some."""
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.act_fn = torch.nn.Softmax(dim=-1)
+    with pytest.raises(InvalidInput, match="not understood"):
+        shrink(model, None, WINDOWS, neurons=0.25, **SIZE)
+
+
+def test_counts_that_a_configuration_refuses():
+    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4)
+    with pytest.raises(InvalidInput, match="3 KV groups is none that transformers loads"):
+        shrink(model, None, WINDOWS, kv_groups=0.25, **SIZE)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"solver": "nonsense"}, {"update": "both"}, {"bias": "new"}, {"damping": -1.0}]
+)
+def test_methods_are_checked(changes):
+    with pytest.raises(InvalidInput):
+        Method(**changes)
+    with pytest.raises(InvalidInput, match="no option"):
+        Method("flap", solver_options={"rho": 1})
+
+
+def outputs(model, tokens, name):
+    """Output of a layer, float64 ``[tokens, rows]``."""
+    found = []
+    hook = model.get_submodule(name).register_forward_hook(lambda _, __, out: found.append(out))
+    with torch.no_grad():
+        forward(model, tokens)
+    hook.remove()
+    return found[0].flatten(0, -2).double()
+
+
+@pytest.mark.parametrize("bias", ["existing", "add", "none"])
+@pytest.mark.parametrize("update", ["least_squares", "none"])
+@pytest.mark.parametrize("solver", ["eliminate", "flap", "swap"])
+def test_losses_are_those_of_the_outputs(solver, update, bias):
+    """Of the first block, whose inputs are the dense model's."""
+    tokens = WINDOWS.tokens
+    for family in ("llama", "gpt2")[: 1 + (bias != "add")]:
+        name = {"llama": "model.layers.0.mlp.down_proj", "gpt2": "transformer.h.0.mlp.c_proj"}[
+            family
+        ]
+        wanted = outputs(tiny_model(family), tokens, name)
+        _, smaller = run(family, Method(solver, update, bias), neurons=0.5)
+        got = outputs(smaller.model, tokens, name)
+        result = smaller.report.layers[0]
+        loss = float((got - wanted).square().sum() / len(wanted))
+        assert result.updated_loss == pytest.approx(loss, rel=1e-4)
+        has_bias = bias == "add" or (family == "gpt2" and bias == "existing")
+        if update == "none" and not has_bias:
+            assert result.loss == pytest.approx(loss, rel=1e-4)
+        else:
+            assert result.updated_loss < result.loss
+        if has_bias:
+            assert torch.allclose(got.mean(0), wanted.mean(0), atol=1e-5)
+
+
+def test_blocks_see_what_was_made_smaller_before_them():
+    chosen = {}
+    for grams in ("pruned", "dense"):
+        _, smaller = run("llama", neurons=0.5, grams=grams)
+        chosen[grams] = smaller.report
+    first, last = "model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"
+    assert torch.equal(*(report.kept[first] for report in chosen.values()))
+    losses = [report.layers[-1].loss for report in chosen.values()]
+    assert losses[0] != losses[1]
+    name = last
+    dense = tiny_model("llama")
+    gone = ~chosen["dense"].kept[last][0]
+    inputs = []
+    hook = dense.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0])
+    )
+    with torch.no_grad():
+        forward(dense, WINDOWS.tokens)
+    hook.remove()
+    weight = dense.get_submodule(name).weight.detach()
+    removed = inputs[0].flatten(0, -2)[:, gone] @ weight[:, gone].T
+    loss = float(removed.square().sum() / len(removed))
+    assert losses[1] == pytest.approx(loss, rel=1e-4)
+
+
+def test_an_exact_solver_proves_its_choice():
+    _, smaller = run("llama", Method("branch_and_bound", time_limit=20.0), kv_groups=0.5)
+    assert smaller.report.gap == pytest.approx(0.0, abs=1e-3)
+    assert all(one.status == "OPTIMAL" for one in smaller.report.layers)
+    assert smaller.report.loss <= smaller.report.loss_wanda_sp
+
+
+def test_rounding_keeps_more():
+    _, smaller = run("llama", neurons=0.3, multiple_of=20)
+    assert smaller.report.counts == {"neurons": (48, 40)}
+    assert smaller.model.config.intermediate_size == 40
+
+
+def test_structure_is_found_without_weights():
+    from mipprune.folder import build_empty
+
+    config = tiny_model("phi3").config
+    model = build_empty(config, torch.float32)
+    found = find_structure(model, "model.layers", {"neurons": 24, "kv_groups": 1})
+    assert [[one.kind for one in block] for block in found.couplings] == [
+        ["kv_groups", "neurons"]
+    ] * 3
+    attention, mlp = found.couplings[0]
+    assert attention.parts == {"self_attn.qkv_proj.weight": 0, "self_attn.o_proj.weight": 1}
+    assert mlp.parts == {"mlp.gate_up_proj.weight": 0, "mlp.down_proj.weight": 1}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["mipprune", *map(str, args)])
+        with pytest.raises(SystemExit) as ending:
+            main()
+        printed = capsys.readouterr()
+        return ending.value.code or 0, printed.out, printed.err
+
+    monkeypatch.setattr(cli, "_out", cli.Console(width=200))
+    monkeypatch.setattr(cli, "_err", cli.Console(width=200, stderr=True))
+    return command
+
+
+def test_command(command, tmp_path):
+    out = tmp_path / "smaller"
+    fast = ["--samples", "4", "--seqlen", "64"]
+    code, printed, _ = command(
+        "shrink", "embedded", "--neurons", "0.25", "--multiple-of", "32", "--out", out, *fast
+    )
+    assert code == 0
+    assert "544 of 704" in printed
+    record = json.loads((out / "mipprune.json").read_text())
+    assert record["settings"]["model"] == "embedded"
+    assert record["recipe"]["multiple_of"] == 32
+    dense = mipprune.embedded.MODEL_PATH / "model.safetensors"
+    assert (out / "model.safetensors").stat().st_size < 0.9 * dense.stat().st_size
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == record["parameters_after"]
+    code, printed, _ = command("evaluate", out, "--against", "embedded", *fast, "--save")
+    assert code == 0
+    assert "perplexity" in (out / "README.md").read_text()
+    code, _, errors = command("report", out)
+    assert code == 2
+    assert "made smaller" in errors
+    code, _, errors = command("shrink", "embedded", "--neurons", "0.25", "--out", out, *fast)
+    assert code == 2
+    assert "exists already" in errors
+    missing = tmp_path / "none"
+    code, _, errors = command("shrink", "embedded", "--kv-groups", "0.25", "--out", missing, *fast)
+    assert code == 2
+    assert "none that transformers loads" in errors
+    assert not missing.exists()
