@@ -117,6 +117,10 @@ class Yardstick:
 
     def measure(self, model: Any) -> dict[str, Any]:
         """Perplexity, KL divergence and held-out layer loss of a pruned model."""
+        return {**self.measure_outputs(model), "held_out_loss": self._held_out_loss(model)}
+
+    def measure_outputs(self, model: Any) -> dict[str, float]:
+        """Perplexity and KL divergence of a model, whatever its layers."""
         outputs = [self._logits(model, batch) for batch in self._batches()]
         losses = self._losses(outputs)
         kl = [
@@ -126,7 +130,6 @@ class Yardstick:
         return {
             "perplexity": math.exp(statistics.fmean(losses)),
             "kl": statistics.fmean(kl),
-            "held_out_loss": self._held_out_loss(model),
         }
 
     def _held_out_loss(self, model: Any) -> float:

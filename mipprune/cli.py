@@ -340,6 +340,13 @@ def shrink(
             "without grouped queries these are the heads."
         ),
     ] = 0.0,
+    parameters: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of both: share of all parameters to keep at most; what goes is chosen "
+            "by what it does to the model."
+        ),
+    ] = None,
     multiple_of: Annotated[
         int, typer.Option(help="Round the number of neurons left up to a multiple of this.")
     ] = 1,
@@ -416,6 +423,7 @@ def shrink(
             calibration,
             neurons=neurons,
             kv_groups=kv_groups,
+            parameters=parameters,
             method=method,
             multiple_of=multiple_of,
             grams=grams,

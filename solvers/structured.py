@@ -244,16 +244,9 @@ def eliminate(
         If the layer or the groups are not valid ones, groups differ in size, or the damping is
         too little for the rank of the Gram matrix.
     """
-    layer = MaskProblem(weight, gram, PerRow(keep=0))
-    group = _group_of_each(groups, layer.shape[1]).to(layer.device)
-    count = int(group.max()) + 1
+    fit = _Fit(weight, gram, groups, damping)
+    count = len(fit.kept)
     PerRow(keep=keep).check((1, count))
-    members = group.argsort(stable=True).view(count, -1) if len(group) % count == 0 else None
-    if members is None or not bool((group[members] == group[members[:, :1]]).all()):
-        raise InvalidInput("Groups to eliminate must be of one size.")
-    if not damping >= 0:
-        raise InvalidInput(f"damping={damping} is negative; give 0 or more.")
-    fit = _Fit(layer, members, damping)
     for _ in range(count - keep):
         fit.remove(int(fit.losses().argmin()))
     if 0 < keep < count:
@@ -269,6 +262,35 @@ def eliminate(
     return fit.kept[None].clone()
 
 
+def elimination_curve(
+    weight: ArrayLike, gram: ArrayLike, groups: int | ArrayLike, damping: float = 1e-2
+) -> tuple[Tensor, Tensor]:
+    """What `eliminate` without exchanges loses at every number of groups, in one pass.
+
+    Parameters
+    ----------
+    weight, gram, groups, damping
+        As for `eliminate`.
+
+    Returns
+    -------
+    losses : Tensor
+        Float64 ``[K + 1]``: with k groups left, after the fit, the damping's share included.
+    order : Tensor
+        Long ``[K]``: the groups as they go.
+    """
+    fit = _Fit(weight, gram, groups, damping)
+    count = len(fit.kept)
+    losses = torch.zeros(count + 1, dtype=torch.float64)
+    order = torch.empty(count, dtype=torch.long)
+    for left in range(count, 0, -1):
+        rise = fit.losses()
+        order[count - left] = rise.argmin()
+        losses[left - 1] = losses[left] + rise.min().cpu()
+        fit.remove(int(order[count - left]))
+    return losses, order
+
+
 class _Fit:
     """Least squares of a layer's outputs on the kept groups, as groups come and go.
 
@@ -276,7 +298,17 @@ class _Fit:
     ``fitted`` the weights on them.
     """
 
-    def __init__(self, layer: MaskProblem, members: Tensor, damping: float) -> None:
+    def __init__(
+        self, weight: ArrayLike, gram: ArrayLike, groups: int | ArrayLike, damping: float
+    ) -> None:
+        layer = MaskProblem(weight, gram, PerRow(keep=0))
+        group = _group_of_each(groups, layer.shape[1]).to(layer.device)
+        count = int(group.max()) + 1
+        members = group.argsort(stable=True).view(count, -1) if len(group) % count == 0 else None
+        if members is None or not bool((group[members] == group[members[:, :1]]).all()):
+            raise InvalidInput("Groups to eliminate must be of one size.")
+        if not damping >= 0:
+            raise InvalidInput(f"damping={damping} is negative; give 0 or more.")
         self._members = members
         self._weight = layer.weight.double()
         self._gram = layer.gram.double().clone()

@@ -67,6 +67,8 @@ class Coupling:
     ----------
     kind, count
         What the groups are, and how many there are.
+    block_name
+        Of the block, in the model.
     reader
         The layer whose inputs they are: the MLP's or the attention's output projection.
     group
@@ -80,6 +82,7 @@ class Coupling:
 
     kind: Kind
     count: int
+    block_name: str
     reader: PrunableLayer
     group: Group
     parts: dict[str, int]
@@ -314,8 +317,8 @@ def _find(
         )
     for index, of_block in enumerate(parts):
         if of_block:
-            block_module = model.get_submodule(f"{blocks_name}.{index}")
-            reader = _reader(block_module, of_block, f"{blocks_name}.{index}", family, kind)
+            prefix = f"{blocks_name}.{index}"
+            reader = _reader(model.get_submodule(prefix), of_block, prefix, family, kind)
             inputs = reader.weight.shape[1]
             group = Group(1)
             if kind == "kv_groups":
@@ -327,7 +330,7 @@ def _find(
                     f"Layer {reader.name} has {inputs} inputs for {count} neurons; the structure "
                     f"of a model of type {family} is not understood."
                 )
-            found[index].append(Coupling(kind, count, reader, group, of_block))
+            found[index].append(Coupling(kind, count, prefix, reader, group, of_block))
 
 
 def _reader(

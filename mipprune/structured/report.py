@@ -44,6 +44,8 @@ class ShrinkReport:
         By kind: groups in every block before and after.
     parameters_before, parameters_after
         Of the whole model, tied ones once.
+    curves
+        What each count costs, where a budget decided; see `mipprune.structured.budget.Curve`.
     layers
         One result per block and kind.
     kept
@@ -59,6 +61,7 @@ class ShrinkReport:
     counts: dict[Kind, tuple[int, int]]
     parameters_before: int
     parameters_after: int = 0
+    curves: list[dict[str, Any]] = field(default_factory=list)
     layers: list[GroupResult] = field(default_factory=list)
     kept: PackedMasks = field(default_factory=PackedMasks)
     difference: float = 0.0
@@ -109,6 +112,7 @@ class ShrinkReport:
             "counts": {kind: list(counts) for kind, counts in self.counts.items()},
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
+            "curves": self.curves,
             "loss": self.loss,
             "updated_loss": self.updated_loss,
             "loss_wanda_sp": self.loss_wanda_sp,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,13 +23,18 @@ from ..prune import calibration_windows, model_environment
 from ..settings import Grams
 from ..surrogate import Inputs
 from ..walk import HOST_BYTES, BlockStep, BlockWalk
+from .budget import Curve, counts_within
 from .choice import Chosen, Method, choose
-from .coupling import WORDS, Coupling, Kind, find_structure, group_count
+from .coupling import WORDS, Coupling, Kind, Structure, find_structure, group_count
 from .report import ShrinkReport
 from .smaller import Kept, Smaller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+PROBE = 8
+"""Calibration windows that the divergences of a budget are measured on."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def shrink(
     *,
     neurons: float = 0.0,
     kv_groups: float = 0.0,
+    parameters: float | None = None,
     method: Method | None = None,
     multiple_of: int = 1,
     grams: Grams = "pruned",
@@ -75,6 +82,9 @@ def shrink(
     kv_groups
         Share of the key-value heads of every attention to remove, each with the queries that read
         it; without grouped queries these are the heads.
+    parameters
+        In place of both: share of the whole model's parameters to keep at most, in (0, 1). How many
+        neurons and KV groups go is then chosen by `mipprune.structured.budget`.
     method
         How groups are chosen and weights fitted; None for the default one.
     multiple_of
@@ -99,24 +109,19 @@ def shrink(
     placement = placement or Placement(model, blocks)
     if isinstance(placement, FromFolder):
         raise InvalidInput("A model that is read block by block cannot be made smaller; load it.")
-    counts = counts_left(model, neurons, kv_groups, multiple_of)
-    biases: tuple[Kind, ...] = tuple(counts) if method.bias == "add" else ()
-    structure = find_structure(model, placement.blocks_name, counts, biases)
-    before = parameters(model)
-    _check_weights(structure.couplings)
-    small = Smaller(structure, placement.blocks_name, _home(placement))
+    counts: dict[Kind, int] = {}
+    if parameters is None:
+        counts = counts_left(model, neurons, kv_groups, multiple_of)
+        _structure(placement, counts, method)  # refused before the text is read
+    elif neurons or kv_groups:
+        raise InvalidInput("Give either a share of the parameters to keep or shares to remove.")
     model.eval()
-    observer.begin(
-        len(placement.blocks),
-        sum(one.reader.weight.numel() for block in structure.couplings for one in block),
-    )
     observer.phase("calibration text")
     windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed, token_cache)
     if batch_size is None:
         batch_size = choose_batch(placement, window_length(model.config, seqlen))
-    watched = {one.reader.name for block in structure.couplings for one in block}
 
-    def walk(propagate: bool) -> BlockWalk:
+    def walk(watched: set[str], propagate: bool) -> BlockWalk:
         observer.phase("replay check and capture")
         return BlockWalk(
             placement,
@@ -128,10 +133,30 @@ def shrink(
             watched=watched,
         )
 
+    curves: list[Curve] = []
+    if parameters is not None:
+        counts, curves = counts_within(
+            placement,
+            parameters,
+            partial(walk, propagate=False),
+            windows.tokens[:PROBE],
+            batch_size,
+            multiple_of=multiple_of,
+            damping=method.damping,
+        )
+    structure = _structure(placement, counts, method)
+    watched = {one.reader.name for block in structure.couplings for one in block}
+    before = number_of_parameters(model)
+    small = Smaller(structure, placement.blocks_name, _home(placement))
+    observer.begin(
+        len(placement.blocks),
+        sum(one.reader.weight.numel() for block in structure.couplings for one in block),
+    )
     report = ShrinkReport(
         settings={
             "neurons": neurons,
             "kv_groups": kv_groups,
+            "parameters": parameters,
             "multiple_of": multiple_of,
             **method.to_dict(),
             "grams": grams,
@@ -151,6 +176,7 @@ def shrink(
         environment=model_environment(model, placement.device),
         counts={kind: (group_count(model.config, kind), left) for kind, left in counts.items()},
         parameters_before=before,
+        curves=[one.to_dict() for one in curves],
     )
 
     def chosen(step: BlockStep, coupling: Coupling) -> Chosen:
@@ -161,10 +187,10 @@ def shrink(
 
     before_all: dict[str, Chosen] = {}
     if grams == "dense":
-        for step in walk(propagate=False):
+        for step in walk(watched, propagate=False):
             for coupling in structure.couplings[step.index]:
                 before_all[coupling.reader.name] = chosen(step, coupling)
-    for step in walk(propagate=True):
+    for step in walk(watched, propagate=True):
         block = placement.blocks[step.index]
         couplings = small.understood(
             step.index, block, structure.couplings[step.index], counts, step.output, seed
@@ -179,7 +205,7 @@ def shrink(
         report.difference = max(report.difference, difference)
         observer.phase(f"{step.index}: outputs")
     made = small.finish(model)
-    report.parameters_after = parameters(made)
+    report.parameters_after = number_of_parameters(made)
     report.seconds = time.perf_counter() - began
     return Shrunk(made, report)
 
@@ -242,17 +268,22 @@ def counts_left(
     return counts
 
 
-def parameters(model: nn.Module) -> int:
+def number_of_parameters(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(one.numel() for one in model.parameters())
 
 
-def _check_weights(couplings: list[list[Coupling]]) -> None:
-    for one in (one for block in couplings for one in block):
+def _structure(placement: Placement, counts: dict[Kind, int], method: Method) -> Structure:
+    """What to cut; `InvalidInput` if that cannot be found, or a reader's weights are not finite."""
+    biases: tuple[Kind, ...] = tuple(counts) if method.bias == "add" else ()
+    model: Any = placement.model
+    structure = find_structure(model, placement.blocks_name, counts, biases)
+    for one in (one for block in structure.couplings for one in block):
         if not bool(torch.isfinite(one.reader.weight).all()):
             raise InvalidInput(
                 f"Layer {one.reader.name} has NaN or infinite weights; mend the model first."
             )
+    return structure
 
 
 def _home(placement: Placement) -> torch.device:

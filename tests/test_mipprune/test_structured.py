@@ -1,3 +1,4 @@
+import itertools
 import json
 import sys
 
@@ -236,6 +237,53 @@ def test_rounding_keeps_more():
     assert smaller.model.config.intermediate_size == 40
 
 
+def test_a_budget_chooses_both_counts():
+    zeros, smaller = run("llama", Method(), parameters=0.8)
+    report = smaller.report
+    assert report.parameters_after <= 0.8 * report.parameters_before
+    assert same(zeros, smaller.model)
+    curves = {one["kind"]: one for one in report.curves}
+    assert curves.keys() == {"neurons", "kv_groups"}
+    options = {
+        kind: [
+            (count, cost, one["parameters"] * (one["counts"][0] - count))
+            for count, cost in zip(one["counts"], one["costs"], strict=True)
+        ]
+        for kind, one in curves.items()
+    }
+    # by enumeration: the cheapest pair of counts within the budget
+    cheapest = min(
+        a[1] + b[1]
+        for a, b in itertools.product(*options.values())
+        if a[2] + b[2] >= 0.2 * report.parameters_before
+    )
+    taken = 0.0
+    for kind, some in options.items():
+        left = report.counts[kind][1] if kind in report.counts else some[0][0]
+        taken += {count: cost for count, cost, _ in some}[left]
+        costs = [cost for _, cost, _ in some]
+        assert costs[0] == 0
+        assert costs == sorted(costs)
+        assert costs[-1] > 0
+    assert taken == pytest.approx(cheapest)
+
+
+def test_a_budget_on_what_can_go():
+    _, smaller = run("gpt2", Method(), parameters=0.9, multiple_of=8)
+    assert list(smaller.report.counts) == ["neurons"]
+    assert smaller.model.config.n_inner % 8 == 0
+    assert 0.85 < smaller.report.parameters_after / smaller.report.parameters_before <= 0.9
+    for changes, says in (
+        ({"parameters": 0.1}, "keep at least"),
+        ({"parameters": 1.0}, "outside"),
+        ({"parameters": 0.5, "neurons": 0.5}, "Give either"),
+    ):
+        with pytest.raises(InvalidInput, match=says):
+            shrink(tiny_model("gpt2"), None, WINDOWS, **changes, **SIZE)
+    with pytest.raises(InvalidInput, match="bloom"):
+        shrink(tiny_model("bloom"), None, WINDOWS, parameters=0.9, **SIZE)
+
+
 def test_structure_is_found_without_weights():
     from mipprune.folder import build_empty
 
@@ -281,9 +329,10 @@ def test_command(command, tmp_path):
     code, printed, _ = command("evaluate", out, "--against", "embedded", *fast, "--save")
     assert code == 0
     assert "perplexity" in (out / "README.md").read_text()
-    code, _, errors = command("report", out)
-    assert code == 2
-    assert "made smaller" in errors
+    for other in ("report", "certify"):
+        code, _, errors = command(other, out)
+        assert code == 2
+        assert "made smaller" in errors
     code, _, errors = command("shrink", "embedded", "--neurons", "0.25", "--out", out, *fast)
     assert code == 2
     assert "exists already" in errors

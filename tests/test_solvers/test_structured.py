@@ -11,6 +11,7 @@ from solvers import NM, InvalidInput, MaskProblem, PerRow, Status, available, so
 from solvers.structured import (
     attention_heads,
     eliminate,
+    elimination_curve,
     expand,
     flap,
     input_channels,
@@ -273,3 +274,19 @@ def test_elimination_keeps_all_none_and_refuses():
         eliminate(weight, gram, [0, 0, 0, 1, 1, 2], 2)
     with pytest.raises(InvalidInput, match="singular"):
         eliminate(weight, np.zeros((6, 6)), 1, 2, damping=0.0)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_curve_is_what_elimination_loses(size):
+    weight, inputs, gram = layer(rows=3, tokens=60, d=5 * size)
+    losses, order = elimination_curve(weight, gram, size, damping=0.0)
+    assert sorted(order.tolist()) == list(range(5))
+    for left in range(1, 6):
+        kept = np.ones(5, dtype=bool)
+        kept[order[: 5 - left]] = False
+        assert float(losses[left]) == pytest.approx(
+            fitted(weight, inputs, np.repeat(kept, size))[0], rel=1e-6, abs=1e-9
+        )
+        greedy = eliminate(weight, gram, size, left, damping=0.0, exchanges=0)
+        assert greedy[0].tolist() == kept.tolist()
+    assert float(losses[0]) == pytest.approx(np.trace(weight @ gram @ weight.T))

@@ -1,0 +1,234 @@
+"""Neurons and attention groups removed for good: Wanda-sp, FLAP, and masks with a proof.
+
+Every method makes the embedded GPT smaller on several calibration seeds. For each run: the loss of
+what was removed and of the weights as written, perplexity and KL divergence to the dense model on
+text that nothing was chosen on, proven gaps, parameters, bytes on disk, seconds. Afterwards the
+forward pass of the dense and the smaller models is timed, one against the other.
+
+FLAP here is its uniform variant (published as UL-UM): a plainly loadable model has one number of
+neurons for all blocks. It takes its statistics from the dense model, and has its biases.
+
+KV groups are removed from the same weights read as a SmolLM3 model, which computes the same; of a
+Llama model transformers wants a number of heads that divides the hidden size.
+
+    python benchmarks/structured.py
+    python benchmarks/structured.py --removals "neurons 25 %" --methods "wanda_sp;flap" --resume
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parser, write
+from matplotlib.figure import Figure
+from study import WINDOW, Yardstick, load, summary
+
+import mipprune
+from mipprune.calibration import Windows, cut_windows, read_texts
+from mipprune.capture import forward
+from mipprune.structured import Method
+from solvers.files import replaced_on_success
+
+NO_BIAS = {"bias": "none"}
+METHODS: dict[str, dict[str, Any]] = {
+    "wanda_sp": {"method": Method("wanda_sp", "none", "none")},
+    "flap": {"method": Method("flap", "none", "add"), "grams": "dense"},
+    "flap, propagated": {"method": Method("flap", "none", "add")},
+    "flap, no bias": {"method": Method("flap", "none", "none"), "grams": "dense"},
+    "swap": {"method": Method("swap", "none", "none")},
+    "swap + bias": {"method": Method("swap", "none", "add")},
+    "flap + least squares + bias": {"method": Method("flap", "least_squares", "add")},
+    "swap + least squares": {"method": Method("swap", "least_squares", "none")},
+    "eliminate + least squares": {"method": Method("eliminate", "least_squares", "none")},
+    "eliminate + least squares + bias": {"method": Method("eliminate", "least_squares", "add")},
+}
+REMOVALS: dict[str, dict[str, float]] = {
+    "neurons 20 %": {"neurons": 0.2},
+    "neurons 25 %": {"neurons": 0.25},
+    "neurons 30 %": {"neurons": 0.3},
+    "KV groups 1 of 4": {"kv_groups": 0.25},
+    "KV groups 2 of 4": {"kv_groups": 0.5},
+}
+
+
+def load_as_smollm() -> Any:
+    """The embedded weights under a configuration that allows any number of heads."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    model = load()
+    settings = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in ("model_type", "architectures", "pretraining_tp")
+    }
+    rotated = {"no_rope_layers": [1] * model.config.num_hidden_layers}
+    other = SmolLM3ForCausalLM(
+        SmolLM3Config(**{**settings, **rotated, "use_sliding_window": False})
+    )
+    other.load_state_dict(model.state_dict())
+    other.tie_weights()
+    return other.eval()
+
+
+def run(
+    method: dict[str, Any], removal: dict[str, float], windows: Windows, yard: Yardstick
+) -> tuple[dict[str, float], Any]:
+    """One method, one removal, one seed; and the smaller model."""
+    heads = "kv_groups" in removal
+    model = load_as_smollm() if heads else load()
+    size = {"samples": len(windows.tokens), "seqlen": WINDOW, "batch_size": 8}
+    began = time.process_time()
+    smaller = mipprune.shrink(model, None, windows, **removal, **method, **size)
+    seconds = time.process_time() - began
+    report = smaller.report
+    with tempfile.TemporaryDirectory() as folder:
+        smaller.model.to(torch.float16).save_pretrained(folder)
+        stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        smaller.model.float()
+    return {
+        "loss": report.loss,
+        "updated_loss": report.updated_loss,
+        "of_wanda_sp": report.updated_loss / report.loss_wanda_sp,
+        "parameters": report.parameters_after,
+        "file_bytes": stored,
+        "cpu_seconds": seconds,
+        **yard.measure_outputs(smaller.model),
+    }, smaller.model
+
+
+def forward_seconds(models: dict[str, Any], tokens: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """Median seconds of a forward pass, the models in turn, and of the ratio to the first."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for number in range(rounds + 1):
+            for name, model in models.items():
+                began = time.perf_counter()
+                forward(model, tokens)
+                if number:
+                    taken[name].append(time.perf_counter() - began)
+    first = taken[next(iter(models))]
+    return {
+        name: {
+            "seconds": statistics.median(values),
+            "of_dense": statistics.median(a / b for a, b in zip(values, first, strict=True)),
+        }
+        for name, values in taken.items()
+    }
+
+
+def table(removal: str, dense: float, results: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"| {removal} | loss as written / Wanda-sp's | perplexity | increase | KL "
+        "| parameters | file, MB | CPU s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, entry in results.items():
+        mean = entry["summary"]
+        lines.append(
+            f"| {name} | {mean['of_wanda_sp']:.3f} "
+            f"| {mean['perplexity']:.3f} ± {mean.get('perplexity_error', math.nan):.3f} "
+            f"| {mean['perplexity'] - dense:.3f} "
+            f"| {mean['kl']:.4f} ± {mean.get('kl_error', math.nan):.4f} "
+            f"| {mean['parameters'] / 1e6:.3f} M | {mean['file_bytes'] / 1e6:.2f} "
+            f"| {mean['cpu_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Perplexity of every method, with one standard error over the seeds."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, len(record["removals"]), squeeze=False, sharey=True)[0]
+    names = [name for name in METHODS if any(name in r for r in record["removals"].values())][::-1]
+    for axes, (removal, results) in zip(panels, record["removals"].items(), strict=True):
+        there = [name for name in names if name in results]
+        axes.errorbar(
+            [results[name]["summary"]["perplexity"] for name in there],
+            [names.index(name) for name in there],
+            xerr=[results[name]["summary"].get("perplexity_error", 0.0) for name in there],
+            fmt="o",
+            capsize=3,
+        )
+        axes.axvline(record["dense_perplexity"], color="grey", linestyle=":")
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(f"{removal} removed", fontsize=9)
+        axes.set_xlabel("perplexity (dotted: dense)", fontsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    with replaced_on_success(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    print(f"Written: {path}")
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--removals", default=",".join(REMOVALS), help="separated by commas")
+    options.add_argument("--methods", help="semicolon-separated; all by default")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--samples", type=int, default=64, help="calibration windows")
+    options.add_argument("--evaluate", type=int, default=128, help="evaluation windows")
+    options.add_argument("--rounds", type=int, default=30, help="timed forwards per model")
+    options.add_argument("--resume", action="store_true", help="keep what a run before measured")
+    arguments = options.parse_args()
+    tokenizer = mipprune.load_model("embedded", torch.device("cpu")).tokenizer
+
+    def windows(side: Any, count: int, seed: int) -> Windows:
+        source, texts = read_texts(None, side)
+        return cut_windows(texts, source, tokenizer, WINDOW, count, seed)
+
+    evaluation = windows("evaluation", arguments.evaluate, 0)
+    yard = Yardstick(evaluation, evaluation)
+    same = yard.measure_outputs(load_as_smollm())
+    if abs(same["kl"]) > 1e-6:
+        raise SystemExit(f"The model computes something else as SmolLM3 (KL {same['kl']:.2g}).")
+    settings = {
+        "model": "embedded",
+        "dense_perplexity": yard.perplexity,
+        "dense_parameters": load().num_parameters(),
+        "seeds": arguments.seeds,
+        "samples": arguments.samples,
+        "evaluation_windows": len(evaluation.tokens),
+    }
+    print(json.dumps(settings))
+    record: dict[str, Any] = {**settings, "removals": {}}
+    before = arguments.out / "structured.json"
+    if arguments.resume and before.is_file():
+        record = json.loads(before.read_text())
+        if any(record[key] != value for key, value in settings.items()):
+            raise SystemExit(f"{before} was measured with other settings; choose another --out.")
+        del record["machine"]
+    chosen = arguments.methods.split(";") if arguments.methods else list(METHODS)
+    timed: dict[str, Any] = {"dense": load()}
+    for removal in arguments.removals.split(","):
+        results = record["removals"].setdefault(removal, {})
+        for name in chosen:
+            if name in results:
+                continue
+            runs = []
+            for seed in range(arguments.seeds):
+                calibration = windows("calibration", arguments.samples, seed)
+                figures, smaller = run(METHODS[name], REMOVALS[removal], calibration, yard)
+                runs.append(figures)
+            results[name] = {"summary": summary(runs), "runs": runs}
+            timed.setdefault(removal, smaller)
+            print(f"{removal}, {name}: {json.dumps(results[name]['summary'])}", flush=True)
+            write(arguments.out, "structured", record)
+        record["removals"][removal] = {name: results[name] for name in METHODS if name in results}
+        print(table(removal, yard.perplexity, record["removals"][removal]))
+    if len(timed) > 1 and arguments.rounds:
+        seconds = forward_seconds(timed, evaluation.tokens[:8], arguments.rounds)
+        record["forward"] = {**record.get("forward", {}), **seconds}
+        print(json.dumps(record["forward"]))
+    write(arguments.out, "structured", record)
+    plot(record, arguments.out / "structured.png")
+
+
+if __name__ == "__main__":
+    main()
