@@ -127,8 +127,8 @@ def certify(
     settings = record["settings"]
     if record.get("kind") == "shrink":
         raise InvalidInput(
-            f"{folder} holds a model made smaller, without masks to certify; its record has the gap "
-            "of a solver that proves one (mipprune shrink --solver branch_and_bound)."
+            f"{folder} holds a model made smaller, without masks to certify; its record has the "
+            "gap of a solver that proves one (mipprune shrink --solver branch_and_bound)."
         )
     patterns = _patterns(record)
     if rows is not None and rows < 1:

@@ -11,6 +11,7 @@ import mipprune
 from mipprune import InvalidInput, Method, Windows, cli, shrink
 from mipprune.capture import forward
 from mipprune.cli import main
+from mipprune.placement import FromHost
 from mipprune.structured.coupling import find_structure, group_count
 
 WINDOWS = Windows(tiny_tokens(), "test")
@@ -18,9 +19,10 @@ SIZE = {"samples": 5, "seqlen": 24, "batch_size": 2}
 KEEP = Method("wanda_sp", update="none", bias="none")
 
 
-def run(family, method=KEEP, windows=WINDOWS, changes=None, **what):
+def run(family, method=KEEP, windows=WINDOWS, changes=None, half=False, **what):
     """The model with zeros, and the smaller one."""
     model = tiny_model(family, **(changes or {}))
+    model = model.bfloat16() if half else model
     return model, shrink(model, None, windows, method=method, **what, **SIZE)
 
 
@@ -229,6 +231,29 @@ def test_an_exact_solver_proves_its_choice():
     assert smaller.report.gap == pytest.approx(0.0, abs=1e-3)
     assert all(one.status == "OPTIMAL" for one in smaller.report.layers)
     assert smaller.report.loss <= smaller.report.loss_wanda_sp
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_blocks_that_visit_the_device(family):
+    """As on a GPU, where one block at a time is; here the device is the CPU too."""
+    results = []
+    for visiting in (False, True):
+        model = tiny_model(family)
+        placement = FromHost(model, torch.device("cpu")) if visiting else None
+        bias = "add" if family == "llama" else "existing"
+        what = {"method": Method(bias=bias), "neurons": 0.5, "placement": placement, **SIZE}
+        results.append((model, shrink(model, None, WINDOWS, **what)))
+    (_, plain), (zeros, visited) = results
+    assert plain.report.mask_hash == visited.report.mask_hash
+    assert same(plain.model, visited.model)
+    assert same(zeros, visited.model)
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_half_precision(family):
+    _, smaller = run(family, Method(), neurons=0.25, kv_groups=0.5, half=True)
+    assert smaller.model.dtype == torch.bfloat16
+    assert smaller.report.difference < 0.02
 
 
 def test_rounding_keeps_more():
