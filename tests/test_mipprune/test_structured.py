@@ -339,9 +339,14 @@ def command(monkeypatch, capsys):
 
 def test_command(command, tmp_path):
     out = tmp_path / "smaller"
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "".join(f"Command number {n} lists the files of a folder.\n" for n in range(200))
+    )
     fast = ["--samples", "4", "--seqlen", "64"]
+    calibrated = [*fast, "--calibration", text]
     code, printed, _ = command(
-        "shrink", "embedded", "--neurons", "0.25", "--multiple-of", "32", "--out", out, *fast
+        "shrink", "embedded", "--neurons", "0.25", "--multiple-of", "32", "--out", out, *calibrated
     )
     assert code == 0
     assert "544 of 704" in printed
@@ -351,18 +356,22 @@ def test_command(command, tmp_path):
     dense = mipprune.embedded.MODEL_PATH / "model.safetensors"
     assert (out / "model.safetensors").stat().st_size < 0.9 * dense.stat().st_size
     assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == record["parameters_after"]
-    code, printed, _ = command("evaluate", out, "--against", "embedded", *fast, "--save")
+    code, printed, _ = command(
+        "evaluate", out, "--against", "embedded", *fast, "--text", text, "--save"
+    )
     assert code == 0
     assert "perplexity" in (out / "README.md").read_text()
     for other in ("report", "certify"):
         code, _, errors = command(other, out)
         assert code == 2
         assert "made smaller" in errors
-    code, _, errors = command("shrink", "embedded", "--neurons", "0.25", "--out", out, *fast)
+    code, _, errors = command("shrink", "embedded", "--neurons", "0.25", "--out", out, *calibrated)
     assert code == 2
     assert "exists already" in errors
     missing = tmp_path / "none"
-    code, _, errors = command("shrink", "embedded", "--kv-groups", "0.25", "--out", missing, *fast)
+    code, _, errors = command(
+        "shrink", "embedded", "--kv-groups", "0.25", "--out", missing, *calibrated
+    )
     assert code == 2
     assert "none that transformers loads" in errors
     assert not missing.exists()
