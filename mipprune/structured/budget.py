@@ -21,6 +21,7 @@ from solvers import InvalidInput
 from solvers.structured import elimination_curve, expand, refitted
 
 from ..allocate import Divergence, choose
+from ..folder import build_empty
 from ..models import PrunableLayer
 from ..placement import Placement
 from .coupling import WORDS, Coupling, Kind, find_structure, group_count, smaller_config
@@ -74,6 +75,7 @@ def counts_within(
     *,
     multiple_of: int = 1,
     damping: float = 1e-2,
+    add_biases: bool = False,
 ) -> tuple[dict[Kind, int], list[Curve]]:
     """Counts that keep at most a share of the model's parameters, at the least cost.
 
@@ -93,6 +95,8 @@ def counts_within(
         Of the neurons left.
     damping
         Of the least squares.
+    add_biases
+        Whether the smaller model will have biases that this one lacks.
 
     Returns
     -------
@@ -110,7 +114,7 @@ def counts_within(
     if not 0 < share < 1:
         raise InvalidInput(f"Share {share} of the parameters is outside (0, 1).")
     total = sum(one.numel() for one in model.parameters())
-    target = total - int(total * share)
+    target = total - int(total * share) + (_added(model) if add_biases else 0)
     options: dict[Kind, list[int]] = {}
     couplings: dict[Kind, list[Coupling]] = {}
     refusals = []
@@ -179,6 +183,13 @@ def _counts(config: Any, kind: Kind, multiple_of: int) -> list[int]:
     if len(found) == 1:
         smaller_config(config, {kind: count - 1})
     return found
+
+
+def _added(model: Any) -> int:
+    """Parameters of all biases that the configuration can add; no fewer than will be added."""
+    built = build_empty(smaller_config(model.config, {}, get_args(Kind)), model.dtype)
+    there = {name for name, _ in model.named_parameters()}
+    return sum(one.numel() for name, one in built.named_parameters() if name not in there)
 
 
 def _parameters(model: Any, couplings: list[Coupling]) -> int:

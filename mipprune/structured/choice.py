@@ -52,7 +52,7 @@ class Method:
     solver_options
         The solver's own options.
     time_limit
-        Seconds for the solver, per block and kind.
+        Seconds for the solver, per block and kind; None for no limit.
     """
 
     solver: str = ELIMINATION
@@ -71,6 +71,8 @@ class Method:
                     f"Solver '{self.solver}' has no option '{unknown[0]}'; its options are: "
                     f"{', '.join(allowed) or 'none'}."
                 )
+            if self.time_limit is not None:
+                raise InvalidInput(f"Solver '{self.solver}' takes no time limit; leave it out.")
         else:
             try:
                 chosen = get_solver(self.solver, **self.solver_options)

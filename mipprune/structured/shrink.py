@@ -143,6 +143,7 @@ def shrink(
             batch_size,
             multiple_of=multiple_of,
             damping=method.damping,
+            add_biases=method.bias == "add",
         )
     structure = _structure(placement, counts, method)
     watched = {one.reader.name for block in structure.couplings for one in block}
@@ -178,6 +179,18 @@ def shrink(
         parameters_before=before,
         curves=[one.to_dict() for one in curves],
     )
+
+    if len(windows.tokens) < samples:
+        report.warnings.append(
+            f"The text gave {len(windows.tokens)} windows of {windows.tokens.shape[1]} tokens, "
+            f"not {samples}."
+        )
+    for kind in counts:
+        having = sum(any(one.kind == kind for one in block) for block in structure.couplings)
+        if having < len(structure.couplings):
+            report.warnings.append(
+                f"Only {having} of {len(structure.couplings)} blocks have {WORDS[kind]} to remove."
+            )
 
     def chosen(step: BlockStep, coupling: Coupling) -> Chosen:
         observer.phase(f"{step.index}: {WORDS[coupling.kind]}")

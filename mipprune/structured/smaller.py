@@ -106,7 +106,7 @@ class Smaller:
             f"Removing {kinds} from block {index} of a model of type "
             f"{self._model.config.model_type} does not give what silencing them gives (off by "
             f"{min(differences):.2g} of the effect); its structure is not understood, and nothing "
-            "was removed."
+            "was written."
         )
 
     def put(
@@ -168,8 +168,8 @@ class Smaller:
         small.tie_weights()
         empty = [name for name, one in small.named_parameters() if one.is_meta]
         assert not empty, f"every parameter has a value, but {empty[:3]} have none"
-        for (_, new), (_, old) in zip(small.named_buffers(), model.named_buffers(), strict=True):
-            new.data = new.data.to(old.device)
+        for buffer in small.buffers():
+            buffer.data = buffer.data.to(self._device)
         for parameter in small.parameters():
             parameter.requires_grad_(False)
         small.generation_config = model.generation_config

@@ -164,6 +164,8 @@ def test_methods_are_checked(changes):
         Method(**changes)
     with pytest.raises(InvalidInput, match="no option"):
         Method("flap", solver_options={"rho": 1})
+    with pytest.raises(InvalidInput, match="no time limit"):
+        Method(time_limit=1.0)
 
 
 def outputs(model, tokens, name):
@@ -291,6 +293,18 @@ def test_a_budget_chooses_both_counts():
         assert costs == sorted(costs)
         assert costs[-1] > 0
     assert taken == pytest.approx(cheapest)
+
+
+def test_a_budget_includes_added_biases():
+    _, smaller = run("llama", Method(bias="add"), parameters=0.85)
+    assert smaller.model.config.mlp_bias or smaller.model.config.attention_bias
+    report = smaller.report
+    assert 0.7 < report.parameters_after / report.parameters_before <= 0.85
+
+
+def test_blocks_without_groups_are_named():
+    _, smaller = run("deepseek_v3", neurons=0.25)
+    assert smaller.report.warnings == ["Only 1 of 3 blocks have MLP neurons to remove."]
 
 
 def test_a_budget_on_what_can_go():
