@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write
+from common import draw, parser, write
 from matplotlib.figure import Figure
 from study import WINDOW, Yardstick, load, summary
 
@@ -34,7 +34,6 @@ import mipprune
 from mipprune.calibration import Windows, cut_windows, read_texts
 from mipprune.capture import forward
 from mipprune.structured import Method
-from solvers.files import replaced_on_success
 
 NO_BIAS = {"bias": "none"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -178,9 +177,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{removal} removed", fontsize=9)
         axes.set_xlabel("perplexity (dotted: dense)", fontsize=8)
         axes.grid(axis="x", alpha=0.3)
-    with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Written: {path}")
+    draw(figure, path)
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def loss_curves(
     prune = prune or masked_by("swap")
     uniform = PerRow(sparsity=sparsity)
     patterns = [PerRow(sparsity=share) for share in {*grid, *anchors, sparsity}]
-    divergence = _Divergence(walk.placement, walk.windows.tokens[:probe], walk.batch_size)
+    divergence = Divergence(walk.placement, walk.windows.tokens[:probe], walk.batch_size)
     curves = []
     for _, layer, gram in walk:
         rows, inputs = shape = shape_of(layer)
@@ -187,8 +187,18 @@ def _scale(
     return {keep: float(np.interp(keep, known, weights)) for keep in losses}
 
 
-class _Divergence:
-    """KL(dense ‖ pruned) of the next-token distribution with one layer pruned alone."""
+class Divergence:
+    """KL(dense ‖ pruned) of the next-token distribution with a few layers pruned alone.
+
+    Parameters
+    ----------
+    placement
+        Holds the model, dense until the first question.
+    tokens
+        int64 ``[windows, length]``.
+    batch_size
+        Windows per forward.
+    """
 
     def __init__(self, placement: Placement, tokens: Tensor, batch_size: int) -> None:
         self._placement = placement
@@ -197,18 +207,24 @@ class _Divergence:
 
     def of(self, layer: PrunableLayer, weight: Tensor) -> float:
         """In nats per token, with that weight; the layer is as before afterwards."""
+        return self.of_all([(layer, weight)])
+
+    def of_all(self, weights: Sequence[tuple[PrunableLayer, Tensor]]) -> float:
+        """The same with several layers' weights at once."""
         if not self._dense:
             self._dense = [self._log_probabilities(batch) for batch in self._batches]
-        before = layer.weight.clone()
+        before = [(layer, layer.weight.clone()) for layer, _ in weights]
         total = tokens = 0.0
         try:
-            layer.weight.copy_(weight)
+            for layer, weight in weights:
+                layer.weight.copy_(weight)
             for batch, p in zip(self._batches, self._dense, strict=True):
                 q = self._log_probabilities(batch)
                 total += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
                 tokens += len(p)
         finally:
-            layer.weight.copy_(before)
+            for layer, weight in before:
+                layer.weight.copy_(weight)
         return max(total / tokens, 0.0)  # not below zero by rounding
 
     def _log_probabilities(self, batch: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ one elimination per block (`solvers.structured.elimination_curve`), which gives 
 count at once; losses of neurons and of attention groups are made comparable by what they do to the
 model: the KL divergence of the next-token distribution with one kind removed from all blocks, per
 unit of their summed loss. The cheapest pair of counts within the budget is a multiple-choice
-knapsack, solved exactly (`mipprune.allocate.choose`).
+knapsack, solved exactly (`solvers.knapsack`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from solvers import InvalidInput
+from solvers.knapsack import choose
 from solvers.structured import elimination_curve, expand, refitted
 
-from ..allocate import Divergence, choose
 from ..folder import build_empty
+from ..loss_curves import Divergence
 from ..models import PrunableLayer
 from ..placement import Placement
 from .coupling import WORDS, Coupling, Kind, find_structure, group_count, smaller_config
@@ -150,10 +151,10 @@ def counts_within(
             inputs = expand(kept, groups)[0].to(gram.device)
             new = refitted(one.reader.weight, gram, inputs, damping)
             weights[one.kind].append((one.reader, new.to(one.reader.weight.dtype).cpu()))
-    divergence = Divergence(model, probe, batch_size, placement.forward)
+    divergence = Divergence(placement, probe, batch_size)
     curves = []
     for kind in couplings:
-        measured = divergence.with_weights(weights[kind])
+        measured = divergence.of_all(weights[kind])
         anchor_loss = float(losses[kind][anchors[kind]])
         scale = measured / anchor_loss if anchor_loss > 0 else 0.0
         costs = tuple(scale * float(losses[kind][count]) for count in options[kind])
