@@ -161,6 +161,8 @@ def table(removal: str, dense: float, results: dict[str, Any]) -> str:
 def plot(record: dict[str, Any], path: Path) -> None:
     """Perplexity of every method, with one standard error over the seeds."""
     figure = Figure(figsize=(13, 4), layout="constrained")
+    if not record["removals"]:
+        return
     panels = figure.subplots(1, len(record["removals"]), squeeze=False, sharey=True)[0]
     names = [name for name in METHODS if any(name in r for r in record["removals"].values())][::-1]
     for axes, (removal, results) in zip(panels, record["removals"].items(), strict=True):
@@ -220,7 +222,7 @@ def main() -> None:
         del record["machine"]
     chosen = arguments.methods.split(";") if arguments.methods else list(METHODS)
     timed: dict[str, Any] = {"dense": load()}
-    for removal in arguments.removals.split(","):
+    for removal in filter(None, arguments.removals.split(",")):
         results = record["removals"].setdefault(removal, {})
         for name in chosen:
             if name in results:
