@@ -16,7 +16,8 @@ test: .venv/installed
 # What depends on transformers, with the oldest version that is supported.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(addprefix tests/test_mipprune/test_, \
-		models.py capture.py experts.py gram.py prune.py checkpoint.py masks.py evaluate.py fuzz.py)
+		models.py capture.py experts.py gram.py placement.py prune.py job.py checkpoint.py masks.py \
+		evaluate.py fuzz.py)
 
 # Optional extras, each with the packages that it wants, in an environment of its own.
 test-extras: .venv-eval/installed .venv-llmcompressor/installed

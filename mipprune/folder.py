@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from solvers import InvalidInput
+
+from .conversion import Conversion, Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -28,8 +30,8 @@ class ModelFolder:
     """Stored weights under the names that a model gives them.
 
     A stored name may lack or have the prefix of the model's body (``transformer.``, ``model.``),
-    as transformers allows too. Anything else that transformers would convert on loading is
-    refused.
+    as transformers allows too, and what transformers renames, merges or splits on loading is
+    converted as there.
 
     Parameters
     ----------
@@ -41,26 +43,53 @@ class ModelFolder:
     Raises
     ------
     NotStreamable
-        If a parameter has no stored weight of its name and shape; the sentence names it.
+        If a parameter cannot be had from stored weights in its name and shape; the sentence names
+        it.
     """
 
-    def __init__(self, path: Path, model: nn.Module) -> None:
-        files = _files_by_name(path)
-        self._found: dict[str, tuple[Path, str]] = {}
+    def __init__(self, path: Path, model: PreTrainedModel) -> None:
+        self._model = model
+        self._files = _files_by_name(path)
+        self._conversion = Conversion(model)
+        self._found: dict[str, tuple[Source, str]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        for name, aliases in _aliases(model).items():
+        own = model.state_dict(keep_vars=True)
+        prefix = f"{model.base_model_prefix}."
+        made = self._made(own, prefix)
+        for name, aliases in _aliases(own).items():
             choices = [choice for alias in aliases for choice in _spellings(alias, prefix)]
-            stored = next((choice for choice in choices if choice in files), None)
-            if stored is None:
+            found = next((choice for choice in choices if choice in made), None)
+            if found is None and not isinstance(own[name], nn.Parameter):
+                continue  # a buffer stays as the configuration makes it
+            if found is None:
                 raise NotStreamable(
                     f"{path} stores no weight named {name}, so its weights cannot be read by name."
                 )
-            self._found[name] = files[stored], stored
-            shape, self._dtypes[name] = _header(*self._found[name])
-            wanted = tuple(model.get_parameter(name).shape)
+            source, empty = made[found]
+            shape, wanted = tuple(empty.shape), tuple(own[name].shape)
             if shape != wanted:
                 raise NotStreamable(f"{path} stores {name} as {shape}, but the model has {wanted}.")
+            self._found[name], self._dtypes[name] = (source, found), empty.dtype
+
+    def _made(self, own: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[Source, Tensor]]:
+        """What the stored weights become, by name, each with a tensor of its shape and type."""
+        sources = [
+            source
+            for source in self._conversion.sources(self._files)
+            if any(name in own for name in _spellings(source.name, prefix))
+        ]
+        headers = self._read([name for source in sources for _, name in source.stored], _empty)
+        made: dict[str, tuple[Source, Tensor]] = {}
+        for source in sources:
+            try:
+                outputs = source.make(self._model, headers)
+            except Exception as error:  # whatever a conversion makes of weights that do not fit it
+                raise NotStreamable(
+                    f"{source.stored[0][1]} cannot be converted to {source.name} block by block "
+                    f"({type(error).__name__})."
+                ) from error
+            made.update({name: (source, empty) for name, empty in outputs.items()})
+        return made
 
     def dtype(self, name: str) -> torch.dtype:
         """The type that a weight is stored in."""
@@ -68,15 +97,30 @@ class ModelFolder:
 
     def read(self, name: str) -> Tensor:
         """A weight, in host memory and in its stored type."""
-        file, stored = self._found[name]
-        # Opened and closed each time: mapped pages would count as memory in use.
-        with _opened(file) as tensors:
-            return tensors.get_tensor(stored).clone()  # type: ignore[no-any-return]
+        source, found = self._found[name]
+        # Files are opened and closed each time: mapped pages would count as memory in use.
+        tensors = self._read([stored for _, stored in source.stored], Tensor.clone)
+        return source.make(self._model, tensors)[found]
+
+    def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the model in the form in which this folder stores them."""
+        return self._conversion.undone(tensors)
 
     @property
     def names(self) -> list[str]:
-        """The model's names of all weights."""
+        """The model's names of all weights, and of the buffers that are stored."""
         return list(self._found)
+
+    def _read(self, names: list[str], take: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Something of stored weights; every file is opened once."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        taken: dict[str, Tensor] = {}
+        for file, stored in by_file.items():
+            with _opened(file) as tensors:
+                taken.update({name: take(tensors.get_tensor(name)) for name in stored})
+        return taken
 
 
 def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -134,10 +178,8 @@ def _files_by_name(path: Path) -> dict[str, Path]:
     raise NotStreamable(f"{path} has neither {_SINGLE} nor {_INDEX}.")
 
 
-def _header(file: Path, stored: str) -> tuple[tuple[int, ...], torch.dtype]:
-    with _opened(file) as tensors:
-        mapped = tensors.get_tensor(stored)
-        return tuple(mapped.shape), mapped.dtype
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
 
 
 @contextmanager
@@ -151,12 +193,12 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InvalidInput(f"{file} is not a readable safetensors file ({error}).") from error
 
 
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """All names of every parameter, by its first; tied ones have several."""
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """All names of every tensor, by its first; tied ones have several."""
     first: dict[int, str] = {}
     names: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    for name, tensor in tensors.items():
+        names.setdefault(first.setdefault(id(tensor), name), []).append(name)
     return names
 
 

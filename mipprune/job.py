@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from solvers import Pattern
 
@@ -102,7 +103,10 @@ def open_model(
             opened = _open_streamed(described, device, stream is None, blocks)
         except NotStreamable as error:
             if stream:
-                raise
+                raise NotStreamable(
+                    f"{error} Give --no-stream (in Python: stream=False) to hold the whole model "
+                    "in memory."
+                ) from error
             warn(f"{error} The whole model is loaded into memory.")
             opened = None
         if opened is not None:
@@ -219,7 +223,7 @@ def prune_to_folder(
             warn=observer.warning,
         )
         if work is not None and isinstance(opened.placement, FromFolder):
-            opened.placement.sink = _shards(opened.placement, work).write
+            opened.placement.sink = _writer(opened.placement, _shards(opened.placement, work))
         report = prune(
             opened.model,
             opened.tokenizer,
@@ -256,12 +260,16 @@ def _shards(placement: FromFolder, work: WorkFolder) -> Shards:
     return Shards(work.model, len(placement.blocks) + 1)
 
 
+def _writer(placement: FromFolder, shards: Shards) -> Callable[[int, dict[str, Tensor]], None]:
+    return lambda index, tensors: shards.write(index, placement.folder.as_stored(tensors))
+
+
 def _write(opened: OpenedModel, report: PruneReport, work: WorkFolder) -> None:
     placement, model, folder = opened.placement, opened.model, work.model
     if isinstance(placement, FromFolder):
         shards = _shards(placement, work)
         with placement.block(OUTSIDE):
-            shards.write(len(placement.blocks), placement.stored(OUTSIDE))
+            _writer(placement, shards)(len(placement.blocks), placement.stored(OUTSIDE))
         shards.write_index()
         model.config.dtype = opened.stored_dtype
         model.config.architectures = [type(model).__name__]

@@ -207,7 +207,12 @@ class FromFolder(_Streamed):
         sink: Callable[[int, dict[str, Tensor]], None] | None = None,
     ) -> None:
         super().__init__(model, device, blocks)
-        self._folder, self._dtype, self.sink = folder, dtype, sink
+        self.folder, self._dtype, self.sink = folder, dtype, sink
+        # Those in the state are no function of the configuration, though few models store any.
+        own = model.state_dict(keep_vars=True)
+        self._stored_buffers = [name for name in own if not isinstance(own[name], nn.Parameter)]
+        for name in set(self._stored_buffers).intersection(folder.names):
+            _set(model, name, folder.read(name).to(device, own[name].dtype))
 
     def keep(self, index: int) -> None:
         if self.sink is not None:
@@ -218,16 +223,22 @@ class FromFolder(_Streamed):
         return_free_memory()
 
     def stored(self, index: int) -> dict[str, Tensor]:
-        """A block's weights as they are on the device now, in host memory and the stored types."""
+        """A block's weights as they are on the device now, in host memory and the stored types.
+
+        Buffers that are stored are with what is `OUTSIDE`.
+        """
         tensors = {}
         for name in self._names[index]:
             module, attribute = self._slots[name][0]
             now: Any = module._parameters[attribute]
-            tensors[name] = now.data.to("cpu", self._folder.dtype(name))
+            tensors[name] = now.data.to("cpu", self.folder.dtype(name))
+        if index == OUTSIDE:
+            buffers = self.model.state_dict()
+            tensors.update({name: buffers[name].cpu() for name in self._stored_buffers})
         return tensors
 
     def _fetch(self, name: str) -> Tensor:
-        return self._folder.read(name).to(self._device, self._dtype)
+        return self.folder.read(name).to(self._device, self._dtype)
 
     def _resting(self, name: str) -> Tensor:
         module, attribute = self._slots[name][0]

@@ -60,6 +60,32 @@ def test_the_folder_is_the_same_whether_the_model_was_streamed(source, tmp_path)
     assert len({path.stat().st_mode for path in (tmp_path / "streamed").iterdir()}) == 1
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_neox", "jamba", "deepseek_v3"])
+def test_what_transformers_converts_is_streamed_to_what_it_stores(family, tmp_path):
+    """Weights that loading renames or merges are read so, and written as the model came."""
+    from safetensors.torch import load_file
+
+    model = tiny_model(family)
+    for name, buffer in model.state_dict(keep_vars=True).items():
+        if not isinstance(buffer, torch.nn.Parameter) and buffer.is_floating_point():
+            assert name.endswith("e_score_correction_bias")
+            buffer.copy_(torch.rand_like(buffer))  # trained, and stored as no parameter is
+    model.save_pretrained(tmp_path / "dense")
+    mipprune.load_model("embedded", CPU).tokenizer.save_pretrained(tmp_path / "dense")
+    stored = {}
+    for name in ("whole", "streamed"):
+        report = run(str(tmp_path / "dense"), tmp_path / name, stream=name == "streamed")
+        stored[name] = {"mask hash": report.mask_hash}
+        for file in (tmp_path / name).glob("model*.safetensors"):
+            stored[name].update(load_file(file))
+    whole, streamed = stored["whole"], stored["streamed"]
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert streamed.keys() == whole.keys() == dense.keys() | {"mask hash"}
+    assert streamed.pop("mask hash") == whole.pop("mask hash")
+    assert all(torch.equal(streamed[name], whole[name]) for name in whole)
+    assert any(not torch.equal(whole[name], dense[name]) for name in whole)
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -218,11 +244,23 @@ def test_one_process_at_a_time(source, tmp_path, monkeypatch):
     assert run(source, tmp_path / "out", resume=True).sparsity == 0.5
 
 
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "no space left on device"),
+        (errno.EDQUOT, "disk quota exceeded"),
+        (errno.EROFS, "read-only file system"),
+        (errno.EIO, "input/output error"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_said(source, tmp_path, monkeypatch, number, reason):
+    said = interrupted(source, tmp_path / "out", monkeypatch, error=OSError(number, ""))
+    assert f"out cannot be written ({reason}); mend that and go on with --resume" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
 def test_a_full_disk_is_said_and_the_run_goes_on_later(source, tmp_path, monkeypatch):
-    full = OSError(errno.ENOSPC, "")
-    said = interrupted(source, tmp_path / "out", monkeypatch, error=full)
-    assert "out cannot be written (no space left on device); mend that" in said
-    assert "--resume" in said
+    interrupted(source, tmp_path / "out", monkeypatch, error=OSError(errno.ENOSPC, ""))
     # a real limit, met by the library that writes the weights
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
@@ -264,7 +302,7 @@ def test_large_models_are_streamed_and_small_ones_are_not(source, monkeypatch):
     said = []
     assert type(open_model(source, CPU, warn=said.append).placement) is Placement
     assert said == ["The folder stores no weight named x. The whole model is loaded into memory."]
-    with pytest.raises(InvalidInput, match="no weight named x"):
+    with pytest.raises(InvalidInput, match=r"no weight named x\. Give --no-stream"):
         open_model(source, CPU, stream=True)
 
 
