@@ -15,6 +15,7 @@ from mipprune.checkpoint import TIMINGS_FILE
 from mipprune.folder import NotStreamable
 from mipprune.job import open_model, prune_to_folder
 from mipprune.journal import FileJournal
+from mipprune.layer_step import LayerStep
 from mipprune.placement import FromFolder, Placement
 from solvers import NM, InvalidInput, PerRow
 
@@ -86,6 +87,16 @@ def test_what_transformers_converts_is_streamed_to_what_it_stores(family, tmp_pa
     assert any(not torch.equal(whole[name], dense[name]) for name in whole)
 
 
+UPDATED = LayerStep(update="least_squares")
+OPTIONS = {
+    **{name: {"stream": True} for name in ("begin", "torn", "beside", "unnamed", "named")},
+    "middle": {"stream": False},
+    "weights": {"stream": False, "layer_step": UPDATED},
+    "torn weights": {"stream": True, "layer_step": UPDATED},
+}
+OPTIONS = {name: {"solver": "ria", **options} for name, options in OPTIONS.items()}
+"""Of runs that are killed, by what they are doing then."""
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -134,12 +145,14 @@ ends = {
     "beside": beside_a_file,
     "unnamed": before_the_rename,
     "named": after_the_rename,
+    "weights": lambda: after_a_record(13),
+    "torn weights": lambda: within_a_record(12),
 }
 children = {}
 for name, end in ends.items():
     if (child := os.fork()) == 0:
         end()
-        t.run(sys.argv[2], f"{sys.argv[3]}/{name}", stream=name != "middle", solver="ria")
+        t.run(sys.argv[2], f"{sys.argv[3]}/{name}", **t.OPTIONS[name])
         os._exit(1)
     children[child] = name
 for child, name in children.items():
@@ -156,14 +169,15 @@ def test_a_killed_run_goes_on_to_the_same_folder(source, tmp_path):
         env={**os.environ, "PYTHONPATH": path},
     )
     whole = {}
-    for stream in (True, False):
-        run(source, tmp_path / f"{stream}", stream=stream, solver="ria")
-        whole[stream] = content(tmp_path / f"{stream}")
-    for name in ("begin", "torn", "middle", "beside", "unnamed", "named"):
-        stream = name != "middle"
-        report = run(source, tmp_path / name, stream=stream, solver="ria", resume=True)
+    for name, options in OPTIONS.items():
+        if str(options) not in whole:
+            run(source, tmp_path / "whole" / name, **options)
+            whole[str(options)] = content(tmp_path / "whole" / name)
+    assert len(whole) == 4
+    for name, options in OPTIONS.items():
+        report = run(source, tmp_path / name, **options, resume=True)
         assert (report is None) == (name in ("unnamed", "named"))
-        found, expected = content(tmp_path / name), whole[stream]
+        found, expected = content(tmp_path / name), whole[str(options)]
         assert found.keys() == expected.keys()
         assert [file for file in found if found[file] != expected[file]] == [], name
         assert not (tmp_path / f"{name}.partial").exists()
