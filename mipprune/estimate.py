@@ -1,30 +1,36 @@
 """What a run will need, before it is run: blocks, Gram matrices, peak memory, time.
 
-One window is run through the first block, which shows what layers share an input and how long a
-block takes; a few rows of each of its layers are solved. Memory follows from shapes.
+A few windows are run through the first block, which shows what layers share an input and how long
+a block takes; some rows of each of its layers are solved. Memory follows from shapes. The time is
+that of the first block times the number of blocks, on a machine that is as busy as it is now.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from solvers import MaskProblem, get_solver, solve
-
 from .calibration import Windows
 from .capture import Call, answering, capture
 from .gram import Gram, GramCollector
+from .layer import LayerSolver
 from .models import PrunableLayer, coverage, prunable_layers
 from .placement import OUTSIDE, FromFolder, FromHost, Placement
 from .settings import Settings
 
 DOUBLE, SINGLE = 8, 4
-_SAMPLE_ROWS = 128
+_SAMPLE_ROWS = 256
+_SAMPLE_TOKENS = 1024
+_LOADS = 3
+"""Times that a run needs each block: for the dense model, for its replay, and to prune it."""
+TIME_FACTOR = 2.0
+"""The run takes between the estimated time divided by this and multiplied by this (measured on the
+embedded model; much less memory or another load of the machine is not foreseen)."""
 _SEARCH_GRAMS, _SEARCH_WEIGHTS = 1.5, 6.0
 """Copies that a search makes of a layer's Gram matrix and weight, in float64."""
 
@@ -46,7 +52,7 @@ class Plan:
     resting
         Bytes of host memory besides, if that device is not the host.
     seconds
-        Estimated time of the whole run.
+        Estimated time of the whole run; see `TIME_FACTOR`.
     """
 
     blocks: int
@@ -65,7 +71,11 @@ class Plan:
 
 
 def plan(
-    placement: Placement, windows: Windows, settings: Settings, host_bytes: float = float("inf")
+    placement: Placement,
+    windows: Windows,
+    settings: Settings,
+    host_bytes: float = float("inf"),
+    before: float = 0.0,
 ) -> Plan:
     """Estimate a run's memory and time.
 
@@ -79,9 +89,12 @@ def plan(
         Of the run.
     host_bytes
         Activations beyond this wait on disk.
+    before
+        Seconds that were spent on what a run does too: reading the model and the text.
     """
-    first = _FirstBlock.run(placement, windows.tokens[:1])
-    seconds = _seconds(first, placement, windows, settings)
+    few = -(-_SAMPLE_TOKENS // windows.tokens.shape[1])
+    first = _FirstBlock.run(placement, windows.tokens[: min(few, settings.batch_size)])
+    seconds = before + _seconds(first, placement, windows, settings)
     shapes = [tuple(layer.weight.shape) for layer in first.layers]
     blocks, (count, length) = len(placement.blocks), windows.tokens.shape
     covered = coverage(placement.blocks_name, placement.blocks)
@@ -109,7 +122,7 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class _FirstBlock:
-    """The first block with one window run through it."""
+    """The first block with some windows run through it."""
 
     layers: list[PrunableLayer]
     weights: dict[str, Tensor]
@@ -122,7 +135,7 @@ class _FirstBlock:
 
     @classmethod
     @torch.no_grad()
-    def run(cls, placement: Placement, window: Tensor) -> _FirstBlock:
+    def run(cls, placement: Placement, windows: Tensor) -> _FirstBlock:
         began = time.perf_counter()
         with placement.block(0) as block:
             loaded = time.perf_counter() - began
@@ -130,7 +143,7 @@ class _FirstBlock:
             handle = block.register_forward_hook(lambda _, __, output: given.append(output))
             others = answering(placement.blocks[1:], lambda *_: given[-1])
             with placement.block(OUTSIDE), others:
-                record = capture(placement.model, nn.ModuleList([block]), [window])
+                record = capture(placement.model, nn.ModuleList([block]), [windows])
             handle.remove()
             hidden, call = record.hidden[0], record.calls[0][0]
             layers = prunable_layers(block, f"{placement.blocks_name}.0")
@@ -159,45 +172,40 @@ def _seconds(
     first: _FirstBlock, placement: Placement, windows: Windows, settings: Settings
 ) -> float:
     """Blocks times what the first one takes; layers by a sample of their rows."""
-    count = len(windows.tokens)
-    per_block = count * (first.collect_seconds + first.forward_seconds)
-    per_block += 6 * (first.load_seconds + first.forward_seconds)
-    known: dict[tuple[str, int], float] = {}
+    rounds = len(windows.tokens) / len(first.hidden)
+    per_block = rounds * (first.collect_seconds + first.forward_seconds)
+    per_block += _LOADS * first.load_seconds
+    known: dict[tuple[object, ...], float] = {}
     for layer in first.layers:
-        owner, rows = first.owners.get(layer.name, ""), layer.weight.shape[0]
-        if (owner, rows) not in known:
-            known[owner, rows] = _layer_seconds(first, layer.name, owner, rows, settings)
-        per_block += known[owner, rows]
+        pattern = settings.rules.pattern_for(layer.name)
+        gram = first.grams.get(first.owners.get(layer.name, ""))
+        if gram is None or pattern is None:
+            continue
+        rows, kind = layer.weight.shape[0], (tuple(layer.weight.shape), pattern)
+        if kind not in known:
+            weight = first.weights[layer.name]
+            known[kind] = _layer_seconds(layer.name, weight, gram, rows, settings)
+        per_block += known[kind]
     return len(placement.blocks) * per_block
 
 
-def _layer_seconds(
-    first: _FirstBlock, name: str, owner: str, rows: int, settings: Settings
-) -> float:
-    """A layer's time: that of its Gram matrix, and of all rows by two samples of them."""
-    pattern = settings.rules.pattern_for(name)
-    if owner not in first.grams or pattern is None:
-        return 0.0
-    began = time.perf_counter()
-    problem = MaskProblem(first.weights[name], first.grams[owner].matrix, pattern)
-    seconds = time.perf_counter() - began
+def _layer_seconds(name: str, weight: Tensor, gram: Gram, rows: int, settings: Settings) -> float:
+    """Time of a layer's step with so many rows, by two samples of them."""
+    # Masks that are given are for all rows; those of a solver take as long to start from.
+    start = settings.start if settings.start in settings.solvers else None
+    solver = LayerSolver(replace(settings, start=start))
 
-    def solved(part: MaskProblem) -> float:
-        start = settings.start if settings.start in settings.solvers else None
-        options = settings.solver_options
-        if "mean" in get_solver(settings.solver).options():
-            options = {"mean": first.grams[owner].mean, **options}
-        return _timed(
-            lambda: solve(part, settings.solver, start=start, seed=settings.seed, **options)
-        )
+    def solved(count: int) -> float:
+        part = nn.Linear(weight.shape[1], count, bias=False, device="meta")
+        part.weight = nn.Parameter(weight[:count], requires_grad=False)
+        return _timed(lambda: solver(PrunableLayer(name, part), gram))
 
-    few, most = problem.rows(slice(max(1, problem.shape[0] // 4))), problem
+    most = len(weight)
+    few = max(1, most // 4)
     solved(few)  # imports and compilation are not part of the time
     once, again = solved(few), solved(most)
-    if most.shape[0] > few.shape[0]:
-        per_row = max(0.0, again - once) / (most.shape[0] - few.shape[0])
-        again += per_row * (rows - most.shape[0])
-    return seconds + again
+    per_row = max(0.0, again - once) / max(1, most - few)
+    return again + per_row * (rows - most)
 
 
 def _memory(

@@ -6,6 +6,7 @@ appears when everything is written.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -307,6 +308,7 @@ def plan_job(
     observer: Observer | None = None,
 ) -> Plan:
     """What `prune_to_folder` with the same arguments would need; nothing is written."""
+    began = time.perf_counter()
     observer = observer or Observer()
     observer.phase(f"reading {source}")
     opened = open_model(
@@ -340,4 +342,4 @@ def plan_job(
         model, opened.tokenizer, calibration, samples, seqlen, seed, token_cache
     )
     observer.phase("first block")
-    return plan(placement, windows, settings, host_bytes)
+    return plan(placement, windows, settings, host_bytes, before=time.perf_counter() - began)

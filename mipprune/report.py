@@ -70,6 +70,8 @@ def shrink_table(report: ShrinkReport) -> Table:
 
 def plan_table(plan: Plan) -> Table:
     """What a run would need."""
+    from .estimate import TIME_FACTOR
+
     table = Table(title="Before anything runs", box=SIMPLE_HEAD, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
@@ -84,12 +86,18 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("peak memory", _bytes(plan.peak))
     if plan.resting:
         table.add_row("host memory besides", _bytes(plan.resting))
-    minutes, seconds = divmod(round(plan.seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    table.add_row(
-        "time, about", f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-    )
+    least, most = plan.seconds / TIME_FACTOR, plan.seconds * TIME_FACTOR
+    said = f"{_duration(plan.seconds)}, likely {_duration(least)} to {_duration(most)}"
+    table.add_row("time, about", said)
     return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _bytes(size: float) -> str:

@@ -1,17 +1,24 @@
+import io
+import re
+
 import pytest
 import torch
 from models import tiny_model, tiny_tokens
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mipprune.calibration import Windows
 from mipprune.cli import app
 from mipprune.estimate import choose_batch, plan
 from mipprune.folder import ModelFolder, build_empty
+from mipprune.layer import LayerSolver
+from mipprune.layer_step import LayerStep
 from mipprune.models import find_blocks
 from mipprune.placement import FromFolder, Placement
+from mipprune.report import plan_table
 from mipprune.rules import Rules
 from mipprune.settings import Settings
-from solvers import NM, PerRow
+from solvers import NM, PerLayer, PerRow
 
 WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")
 
@@ -69,3 +76,34 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert "peak memory" in done.stdout
     assert "time, about" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), PerRow(sparsity=0.5), PerLayer(sparsity=0.5)])
+def test_the_time_is_of_the_whole_layer_step(pattern, monkeypatch):
+    """Blocks are run and layers solved as in a run, and their times added up."""
+    said = []
+
+    class Slow(LayerSolver):
+        def __call__(self, layer, gram):
+            said.append(tuple(layer.weight.shape))
+            return super().__call__(layer, gram)
+
+    monkeypatch.setattr("mipprune.estimate.LayerSolver", Slow)
+    monkeypatch.setattr("mipprune.estimate._timed", lambda work: float(work() is not work))
+    step = LayerStep(update="least_squares")
+    settings = Settings(Rules(pattern), layer_step=step, batch_size=4)
+    found = plan(Placement(tiny_model("llama")), WINDOWS, settings, before=1000)
+    # Whatever is timed takes 1 s here: two batches through a block, once to collect and once for
+    # the next block, and seven layers; three such blocks. Loading is timed apart.
+    assert 0 <= found.seconds - (1000 + 3 * (2 * 2 + 7)) < 60
+    shapes = ((32, 32), (16, 32), (48, 32), (32, 48))
+    # Each shape once: a quarter of its rows, without and with what happens once, and all.
+    samples = [(rows // part, inputs) for rows, inputs in shapes for part in (4, 4, 1)]
+    assert sorted(said) == sorted(samples)
+
+
+def test_the_time_is_told_with_its_range(tmp_path):
+    table = plan_table(plan(Placement(tiny_model("llama")), WINDOWS, Settings(Rules(NM(2, 4)))))
+    console = Console(width=200, file=io.StringIO())
+    console.print(table)
+    assert re.search(r"time, about +\d+ s, likely \d+ s to \d+ s", console.file.getvalue())
