@@ -42,9 +42,15 @@ def to_disk(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `replaced_on_success` left in a folder when its process was killed."""
+    """Remove what writers left in a folder when their process was killed.
+
+    These are the folders of `replaced_on_success`, and the files that safetensors writes before
+    it renames them.
+    """
     for holder in folder.glob(".*.tmp"):
         shutil.rmtree(holder)
+    for file in folder.glob(".tmp*"):
+        file.unlink()
 
 
 @contextmanager

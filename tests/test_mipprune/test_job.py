@@ -91,6 +91,7 @@ UPDATED = LayerStep(update="least_squares")
 OPTIONS = {
     **{name: {"stream": True} for name in ("begin", "torn", "beside", "unnamed", "named")},
     "middle": {"stream": False},
+    "writing": {"stream": False},
     "weights": {"stream": False, "layer_step": UPDATED},
     "torn weights": {"stream": True, "layer_step": UPDATED},
 }
@@ -128,6 +129,15 @@ def after_a_record(n):
         count == n and die()
     journal.FileJournal._append = last
 
+def within_the_weights():
+    from transformers import PreTrainedModel
+    def torn(self, folder):
+        for name in (".tmp4fGh2k", "config.json"):  # safetensors renames the first when it is whole
+            with open(folder / name, "w") as file:
+                file.write("{")
+        die()
+    PreTrainedModel.save_pretrained = torn
+
 def beside_a_file():
     from solvers import files
     files.give_usual_permissions = lambda path: path.name == "mipprune.json" and die()
@@ -142,6 +152,7 @@ ends = {
     "begin": lambda: within_a_record(1),
     "torn": lambda: within_a_record(7),
     "middle": lambda: after_a_record(15),
+    "writing": within_the_weights,
     "beside": beside_a_file,
     "unnamed": before_the_rename,
     "named": after_the_rename,
