@@ -5,7 +5,7 @@ BIN = .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: demo test test-oldest test-extras lint format clean
+.PHONY: demo test test-oldest test-extras families lint format clean
 
 demo: .venv/installed
 	$(BIN)/mipprune demo
@@ -23,6 +23,10 @@ test-oldest: .venv-oldest/installed
 test-extras: .venv-eval/installed .venv-llmcompressor/installed
 	.venv-eval/bin/python -m pytest tests/test_mipprune/test_zero_shot.py
 	.venv-llmcompressor/bin/python -m pytest tests/test_mipprune/test_llmcompressor.py
+
+# README's table of models, from the list that the tests run.
+families: .venv/installed
+	cd tests && ../$(BIN)/python families_table.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

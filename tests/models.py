@@ -135,6 +135,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """By family, after a space a variant."""
 
+NEWER = {"nanochat", "gemma4_text"}
+"""Model types that the oldest supported transformers lacks."""
+
 MIXTURES = [family for family, settings in FAMILIES.items() if "num_experts_per_tok" in settings]
 
 

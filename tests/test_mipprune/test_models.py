@@ -1,9 +1,11 @@
 import json
 
+import families_table
 import pytest
 import torch
-from models import FAMILIES, MIXTURES, tiny_model
+from models import FAMILIES, MIXTURES, NEWER, tiny_model
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from mipprune.embedded import MODEL_PATH
 from mipprune.models import (
@@ -28,6 +30,18 @@ def test_all_block_weights_are_covered_but_for_routers_and_scans(family):
     assert bool(covered.uncovered) == (family == "jamba")
     assert bool(covered.routers) == (family in MIXTURES)
     assert covered.share == 1.0 or family in MIXTURES
+
+
+def test_families_are_missing_only_where_that_is_known():
+    from transformers import __version__
+
+    missing = {family.split()[0] for family in FAMILIES} - set(CONFIG_MAPPING)
+    assert missing == (NEWER if __version__.startswith("4.57.") else set())
+
+
+@pytest.mark.skipif("nanochat" not in CONFIG_MAPPING, reason="the table is of the newest version")
+def test_readme_has_the_table_of_all_families():
+    assert families_table.shown() == families_table.table(), "run make families"
 
 
 def test_gpt2_is_covered_completely_by_conv1d():
