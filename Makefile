@@ -5,7 +5,7 @@ BIN = .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: demo test test-oldest test-extras families lint format clean
+.PHONY: demo test test-oldest test-oldest-families test-extras families lint format clean
 
 demo: .venv/installed
 	$(BIN)/mipprune demo
@@ -18,6 +18,11 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(addprefix tests/test_mipprune/test_, \
 		models.py capture.py experts.py gram.py placement.py prune.py job.py checkpoint.py masks.py \
 		evaluate.py fuzz.py)
+
+# The part of it that says whether every family is captured and pruned.
+test-oldest-families: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(addprefix tests/test_mipprune/test_, \
+		models.py capture.py prune.py) -k "family or families or replay or covered"
 
 # Optional extras, each with the packages that it wants, in an environment of its own.
 test-extras: .venv-eval/installed .venv-llmcompressor/installed
