@@ -76,12 +76,16 @@ def load_as_smollm() -> Any:
     return other.eval()
 
 
+def loaded(removal: dict[str, float]) -> Any:
+    """The dense model that something is removed from."""
+    return load_as_smollm() if "kv_groups" in removal else load()
+
+
 def run(
     method: dict[str, Any], removal: dict[str, float], windows: Windows, yard: Yardstick
-) -> tuple[dict[str, float], Any]:
-    """One method, one removal, one seed; and the smaller model."""
-    heads = "kv_groups" in removal
-    model = load_as_smollm() if heads else load()
+) -> dict[str, float]:
+    """One method, one removal, one seed."""
+    model = loaded(removal)
     size = {"samples": len(windows.tokens), "seqlen": WINDOW, "batch_size": 8}
     began = time.process_time()
     smaller = mipprune.shrink(model, None, windows, **removal, **method, **size)
@@ -99,7 +103,7 @@ def run(
         "file_bytes": stored,
         "cpu_seconds": seconds,
         **yard.measure_outputs(smaller.model),
-    }, smaller.model
+    }
 
 
 def proof(windows: Windows, seconds: float) -> dict[str, Any]:
@@ -118,8 +122,20 @@ def proof(windows: Windows, seconds: float) -> dict[str, Any]:
     }
 
 
-def forward_seconds(models: dict[str, Any], tokens: torch.Tensor, rounds: int) -> dict[str, Any]:
-    """Median seconds of a forward pass, the models in turn, and of the ratio to the first."""
+def forward_seconds(removals: list[str], windows: Windows, rounds: int) -> dict[str, Any]:
+    """Median seconds of a forward pass, the models in turn, and of the ratio to the dense one.
+
+    What was removed does not matter for it, only how much.
+    """
+    models: dict[str, Any] = {"dense": load()}
+    few = Windows(windows.tokens[:2], windows.source)
+    for name in removals:
+        made = mipprune.shrink(
+            loaded(REMOVALS[name]), None, few, method=Method("wanda_sp", "none", "none"),
+            samples=2, seqlen=WINDOW, batch_size=2, **REMOVALS[name],
+        )  # fmt: skip
+        models[name] = made.model
+    tokens = windows.tokens[:8]
     taken: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
         for number in range(rounds + 1):
@@ -221,8 +237,8 @@ def main() -> None:
             raise SystemExit(f"{before} was measured with other settings; choose another --out.")
         del record["machine"]
     chosen = arguments.methods.split(";") if arguments.methods else list(METHODS)
-    timed: dict[str, Any] = {"dense": load()}
-    for removal in filter(None, arguments.removals.split(",")):
+    removals = [name for name in arguments.removals.split(",") if name]
+    for removal in removals:
         results = record["removals"].setdefault(removal, {})
         for name in chosen:
             if name in results:
@@ -230,10 +246,8 @@ def main() -> None:
             runs = []
             for seed in range(arguments.seeds):
                 calibration = windows("calibration", arguments.samples, seed)
-                figures, smaller = run(METHODS[name], REMOVALS[removal], calibration, yard)
-                runs.append(figures)
+                runs.append(run(METHODS[name], REMOVALS[removal], calibration, yard))
             results[name] = {"summary": summary(runs), "runs": runs}
-            timed.setdefault(removal, smaller)
             print(f"{removal}, {name}: {json.dumps(results[name]['summary'])}", flush=True)
             write(arguments.out, "structured", record)
         record["removals"][removal] = {name: results[name] for name in METHODS if name in results}
@@ -242,9 +256,8 @@ def main() -> None:
         record["proof"] = proof(windows("calibration", arguments.samples, 0), arguments.prove)
         print(json.dumps(record["proof"]))
         write(arguments.out, "structured", record)
-    if len(timed) > 1 and arguments.rounds:
-        seconds = forward_seconds(timed, evaluation.tokens[:8], arguments.rounds)
-        record["forward"] = {**record.get("forward", {}), **seconds}
+    if removals and arguments.rounds:
+        record["forward"] = forward_seconds(removals, evaluation, arguments.rounds)
         print(json.dumps(record["forward"]))
     write(arguments.out, "structured", record)
     plot(record, arguments.out / "structured.png")
