@@ -60,6 +60,7 @@ class Conversion:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._transforms: list[Any] = []
+        self._revert: Any = None
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
         except ImportError:
@@ -67,7 +68,13 @@ class Conversion:
         self._transforms = get_model_conversion_mapping(model)
 
     def sources(self, stored: Iterable[str]) -> list[Source]:
-        """What the stored weights of these names become; a name may be none of the model's."""
+        """What the stored weights of these names become; a name may be none of the model's.
+
+        Raises
+        ------
+        ImportError, AttributeError, TypeError
+            If this version of transformers keeps its list in another way.
+        """
         if not self._transforms:
             return [Source(name, [(name, name)]) for name in stored]
         from transformers.core_model_loading import (
@@ -75,34 +82,34 @@ class Conversion:
             WeightRenaming,
             dot_natural_key,
             rename_source_key,
+            revert_weight_conversion,
         )
 
+        self._revert = revert_weight_conversion
         renamings = [x for x in self._transforms if isinstance(x, WeightRenaming)]
         converters = [x for x in self._transforms if isinstance(x, WeightConverter)]
         of_pattern = {pattern: x for x in converters for pattern in x.source_patterns}
         own = self._model.state_dict()
-        expected = {"base_model_prefix": self._model.base_model_prefix, "meta_state_dict": own}
+        expected = (self._model.base_model_prefix, own)
         sources: dict[str, Source] = {}
         # The order is that of transformers, since it is the order of experts in a merged weight.
         for key in sorted(stored, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, **expected)
+            name, pattern = rename_source_key(key, renamings, converters, *expected)
             if name not in own and key in own:
                 name, pattern = key, None
             source = sources.setdefault(name, Source(name))
             if pattern is not None:
                 source.converter = of_pattern[pattern]
             source.stored.append((pattern or key, key))
+        # Where from_pretrained leaves them for saving, which had no part in this.
+        self._model._weight_conversions = [x for x in self._transforms if x.was_used()]
         return list(sources.values())
 
     def undone(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the model as they are stored, by their stored names."""
         if not self._transforms:
             return dict(tensors)
-        from transformers.core_model_loading import revert_weight_conversion
-
-        # Where from_pretrained leaves them, which had no part in this.
-        self._model._weight_conversions = [x for x in self._transforms if x.was_used()]
-        stored = revert_weight_conversion(self._model, dict(tensors))
+        stored = self._revert(self._model, dict(tensors))
         # Parts of a merged weight share its memory, in which they cannot be written.
         return {
             name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x

@@ -73,9 +73,16 @@ class ModelFolder:
 
     def _made(self, own: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[Source, Tensor]]:
         """What the stored weights become, by name, each with a tensor of its shape and type."""
+        try:
+            all_sources = self._conversion.sources(self._files)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise NotStreamable(
+                "This version of transformers converts weights in a way that is not known here "
+                f"({error})."
+            ) from error
         sources = [
             source
-            for source in self._conversion.sources(self._files)
+            for source in all_sources
             if any(name in own for name in _spellings(source.name, prefix))
         ]
         headers = self._read([name for source in sources for _, name in source.stored], _empty)

@@ -138,6 +138,15 @@ def test_experts_that_cannot_be_merged_are_named(tmp_path):
             ModelFolder(tmp_path, empty)
 
 
+def test_a_version_that_converts_in_another_way_is_refused(tmp_path, monkeypatch):
+    loading = pytest.importorskip("transformers.core_model_loading")
+    streamed("mixtral", tmp_path)
+    empty = build_empty(tiny_model("mixtral").config, torch.float32)
+    monkeypatch.delattr(loading, "rename_source_key")
+    with pytest.raises(NotStreamable, match="This version of transformers converts weights in a"):
+        ModelFolder(tmp_path, empty)
+
+
 def test_names_may_lack_the_prefix_of_the_body(tmp_path):
     model = tiny_model("gpt2")
     model.transformer.save_pretrained(tmp_path)
