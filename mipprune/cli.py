@@ -174,6 +174,24 @@ def prune(
             "alike]"
         ),
     ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time for the run, such as 10m: searches end when their layer's part of it is "
+            "over. A repeat may then choose other masks."
+        ),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of the windows apart, and tell what layers lose on it."),
+    ] = None,
+    choose: Annotated[
+        str | None,
+        typer.Option(
+            help="NAME=VALUE,VALUE: every layer takes the value with the least loss on held-out "
+            "windows. NAME is shrink, centre, damping, update_damping or an option of the solver."
+        ),
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = 128,
     seqlen: SeqLen = 2048,
@@ -226,6 +244,7 @@ def prune(
 ) -> None:
     """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
     from .allocate import Allocation
+    from .choice import Choice
     from .defaults import BEST, REASON, chosen_method
     from .job import plan_job, prune_to_folder
     from .layer_step import LayerStep
@@ -236,6 +255,7 @@ def prune(
     from .report import layer_table, plan_table
     from .rules import Rules, parse_rule
     from .surrogate import Surrogate
+    from .time_budget import parse_seconds
 
     if quiet and verbose:
         raise InvalidInput("Give --quiet or --verbose, not both.")
@@ -269,6 +289,9 @@ def prune(
             method.update,  # type: ignore[arg-type] # checked there
         ),
         "allocation": None if allocate is None else Allocation(allocate),  # type: ignore[arg-type]
+        "time_budget": None if time_budget is None else parse_seconds(time_budget),
+        "held_out": held_out,
+        "choice": None if choose is None else Choice.parse(choose),
     }
     _quiet_transformers()
     if dry_run:
