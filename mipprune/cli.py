@@ -178,7 +178,8 @@ def prune(
         str | None,
         typer.Option(
             help="Time for the run, such as 10m: searches end when their layer's part of it is "
-            "over. A repeat may then choose other masks."
+            "over. A repeat may then choose other masks. Where no solver is named, one that goes "
+            "on searching is taken."
         ),
     ] = None,
     held_out: Annotated[
@@ -245,7 +246,7 @@ def prune(
     """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
     from .allocate import Allocation
     from .choice import Choice
-    from .defaults import BEST, REASON, chosen_method
+    from .defaults import BEST, BEST_IN_TIME, REASON, REASON_IN_TIME, chosen_method
     from .job import plan_job, prune_to_folder
     from .layer_step import LayerStep
     from .masks import parse_start
@@ -265,7 +266,10 @@ def prune(
         tuple(ignore or []),
         tuple(only or []),
     )
-    method = chosen_method(solver, update, shrink, centre, more_said=bool(start or option))
+    method = chosen_method(
+        solver, update, shrink, centre,
+        more_said=bool(start or option), in_time=time_budget is not None,
+    )  # fmt: skip
     recipe = {**_recipe_of(context), **asdict(method)}
     arguments: dict[str, Any] = {
         "calibration": calibration,
@@ -305,6 +309,8 @@ def prune(
         _out.print(recipe_text(recipe).rstrip(), markup=False, soft_wrap=True)
         if method is BEST:
             _out.print(REASON)
+        elif method is BEST_IN_TIME:
+            _out.print(REASON_IN_TIME)
     with ExitStack() as stack:
         run_events = stack.enter_context(run_log(log))
         observers: list[Observer] = []

@@ -8,11 +8,12 @@ from models import tiny_model, tiny_tokens
 import mipprune
 from mipprune import layer, time_budget
 from mipprune.calibration import Windows
+from mipprune.defaults import BEST_IN_TIME, Method, chosen_method
 from mipprune.models import find_blocks
 from mipprune.prune import all_layers
 from mipprune.ranks import Ranks
 from mipprune.time_budget import TimeBudget, parse_seconds
-from solvers import InvalidInput, PerRow
+from solvers import InvalidInput, MaskProblem, PerRow, Status, solve
 
 WINDOWS = Windows(tiny_tokens(windows=4, length=32), "random")
 SIZE = {"samples": 4, "batch_size": 4}
@@ -94,6 +95,24 @@ def test_every_search_is_limited_and_all_together_take_the_budget(clock, monkeyp
     assert any("a repeat may choose others" in warning for warning in report.warnings)
     for one in layers:
         assert PerRow(sparsity=0.5).is_feasible(one.weight != 0)
+
+
+def test_where_no_solver_is_named_one_goes_on_searching():
+    nothing = (None, None, None, None)
+    assert chosen_method(*nothing, more_said=False, in_time=True) is BEST_IN_TIME
+    assert chosen_method(*nothing, more_said=True, in_time=True).solver == "chain"
+    assert chosen_method(None, "gain", None, None, more_said=False, in_time=True) == Method(
+        "chain", "gain"
+    )
+    assert chosen_method("swap", None, None, None, more_said=False, in_time=True) == Method("swap")
+
+
+def test_a_joint_search_is_limited_from_its_first_stage_on():
+    layer = tiny_model("llama").model.layers[0].self_attn.q_proj
+    problem = MaskProblem(layer.weight.detach(), torch.eye(layer.in_features), PerRow(sparsity=0.5))
+    solution = solve(problem, "joint", time_limit=1e-9)
+    assert solution.status is Status.TIME_LIMIT
+    assert problem.pattern.is_feasible(solution.mask)
 
 
 def test_budgets_that_cannot_be_kept_are_refused():
