@@ -23,7 +23,7 @@ from .journal import NO_JOURNAL, Journal
 from .layer import LayerSolver, check_layer
 from .layer_step import LayerStep
 from .masks import StartMasks
-from .models import PrunableLayer, coverage, find_blocks, prunable_layers
+from .models import Coverage, PrunableLayer, coverage, find_blocks, prunable_layers
 from .observer import Observer
 from .placement import Placement
 from .ranks import ALONE, Ranks
@@ -182,28 +182,12 @@ def prune(
     walk = captured(windows)
     report = PruneReport(
         settings={**settings.to_dict(), "blocks": placement.blocks_name},
-        calibration={
-            "source": windows.source,
-            "windows": len(windows.tokens),
-            "length": windows.tokens.shape[1],
-            "sha256": windows.digest,
-            **windows.origin,
-        },
+        calibration=_about(windows, apart),
         environment=model_environment(model, placement.device),
         coverage=covered,
         replay_error=walk.replay_error,
+        warnings=_notes(settings, covered, given, windows.tokens.shape[1]),
     )
-    if covered.share < 0.95:
-        left = ", ".join(covered.uncovered[:4]) + (", ..." if covered.uncovered[4:] else "")
-        report.warnings.append(
-            f"Only {covered.share:.0%} of the block weights are prunable; left dense: {left}."
-        )
-    if apart is not None:
-        report.calibration["held_out"] = {"windows": len(apart.tokens), "sha256": apart.digest}
-    if given < samples:
-        report.warnings.append(
-            f"The text gave {given} windows of {windows.tokens.shape[1]} tokens, not {samples}."
-        )
     finished = ranks.gather_objects(journal.begin(report))[0]
     if allocation is not None:
         allocated = finished.rules
@@ -220,7 +204,6 @@ def prune(
         report.settings["rules"] = rules.to_dict()
     budget = None
     if time_budget is not None:
-        report.warnings.append(NOTE)
         shapes = {layer.name: shape_of(layer) for layer in chosen}
         passed = time.perf_counter() - began
         budget = TimeBudget.going_on(time_budget, passed, shapes, finished.names)
@@ -250,6 +233,35 @@ def prune(
         observer.phase(f"{step.index}: outputs")
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _about(windows: Windows, apart: Windows | None) -> dict[str, Any]:
+    """The record's calibration."""
+    about: dict[str, Any] = {
+        "source": windows.source,
+        "windows": len(windows.tokens),
+        "length": windows.tokens.shape[1],
+        "sha256": windows.digest,
+        **windows.origin,
+    }
+    if apart is not None:
+        about["held_out"] = {"windows": len(apart.tokens), "sha256": apart.digest}
+    return about
+
+
+def _notes(settings: Settings, covered: Coverage, windows: int, length: int) -> list[str]:
+    """What is out of the ordinary before anything is pruned."""
+    notes = []
+    if covered.share < 0.95:
+        left = ", ".join(covered.uncovered[:4]) + (", ..." if covered.uncovered[4:] else "")
+        notes.append(
+            f"Only {covered.share:.0%} of the block weights are prunable; left dense: {left}."
+        )
+    if windows < settings.samples:
+        notes.append(f"The text gave {windows} windows of {length} tokens, not {settings.samples}.")
+    if settings.time_budget is not None:
+        notes.append(NOTE)
+    return notes
 
 
 def calibration_windows(

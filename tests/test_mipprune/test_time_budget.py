@@ -6,7 +6,7 @@ import torch
 from models import tiny_model, tiny_tokens
 
 import mipprune
-from mipprune import layer, time_budget
+from mipprune import Allocation, layer, time_budget
 from mipprune.calibration import Windows
 from mipprune.defaults import BEST_IN_TIME, Method, chosen_method
 from mipprune.models import find_blocks
@@ -121,6 +121,7 @@ def test_budgets_that_cannot_be_kept_are_refused():
     for options, message in [
         ({"time_budget": 0.0}, "leaves no time"),
         ({"time_budget": math.nan}, "leaves no time"),
+        ({"time_budget": 5.0, "allocation": Allocation(measure="run")}, "end by themselves"),
         ({"time_budget": 5.0, "ranks": Ranks(0, 2)}, "a time budget is for one"),
     ]:
         with pytest.raises(InvalidInput, match=message):
