@@ -170,8 +170,8 @@ def prune(
         str | None,
         typer.Option(
             help="Share out --sparsity among the layers at equal total: integer_program, by what "
-            "each layer's pruning does to the model's predictions; or owl.  [default: each layer "
-            "alike]"
+            "pruning each layer does to the model's predictions (some four times the run's time); "
+            "or owl.  [default: each layer alike]"
         ),
     ] = None,
     time_budget: Annotated[
@@ -302,7 +302,10 @@ def prune(
         with _err.status("") as status:
             _out.print(plan_table(plan_job(model, observer=_phases(status), **arguments)))
         if allocate is not None:
-            _out.print("Besides, the allocation's pass over the dense model; it is not estimated.")
+            _out.print(
+                "Besides, the allocation: about three times as long by integer_program, one pass "
+                "over the dense model by owl."
+            )
         return
     quiet = quiet or not is_first_process()
     if not quiet:

@@ -70,11 +70,6 @@ class Settings:
             )
         if self.choice is not None and self.time_budget is not None:
             raise InvalidInput("A time budget is for one search per layer; leave the choice out.")
-        if self.allocation and self.allocation.measure == "run" and self.time_budget is not None:
-            raise InvalidInput(
-                "An allocation that measures layers as the run prunes them needs searches that "
-                "end by themselves; leave the time budget out, or measure by 'swap'."
-            )
         self.candidates()
         if self.grams not in ("pruned", "dense"):
             raise InvalidInput(f"Grams are taken from 'pruned' or 'dense', not '{self.grams}'.")

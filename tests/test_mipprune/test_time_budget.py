@@ -6,7 +6,7 @@ import torch
 from models import tiny_model, tiny_tokens
 
 import mipprune
-from mipprune import Allocation, layer, time_budget
+from mipprune import Allocation, LayerStep, layer, time_budget
 from mipprune.calibration import Windows
 from mipprune.defaults import BEST_IN_TIME, Method, chosen_method
 from mipprune.models import find_blocks
@@ -115,13 +115,26 @@ def test_a_joint_search_is_limited_from_its_first_stage_on():
     assert problem.pattern.is_feasible(solution.mask)
 
 
+def test_an_allocation_within_a_budget_measures_with_masks_that_need_no_time():
+    rules = []
+    for options in (
+        {"solver": "tabu", "time_budget": 1.0},
+        {"solver": "wanda"},
+    ):
+        report = mipprune.prune(
+            tiny_model("llama"), None, WINDOWS, PerRow(sparsity=0.5), allocation=Allocation(),
+            layer_step=LayerStep(update="least_squares"), **options, **SIZE,
+        )  # fmt: skip
+        rules.append(report.settings["rules"])
+    assert rules[0] == rules[1]
+
+
 def test_budgets_that_cannot_be_kept_are_refused():
     model = tiny_model("llama")
     before = all_layers(*find_blocks(model))[0].weight.clone()
     for options, message in [
         ({"time_budget": 0.0}, "leaves no time"),
         ({"time_budget": math.nan}, "leaves no time"),
-        ({"time_budget": 5.0, "allocation": Allocation(measure="run")}, "end by themselves"),
         ({"time_budget": 5.0, "ranks": Ranks(0, 2)}, "a time budget is for one"),
     ]:
         with pytest.raises(InvalidInput, match=message):
