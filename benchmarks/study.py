@@ -1,11 +1,12 @@
 """What helps the model, and what only helps the layer: masks, weights after them, perplexity.
 
-Every method prunes the embedded GPT on several calibration seeds. For each run: the layer loss
-of the masks, of the weights as written, the same on text that no mask was chosen on, perplexity
-and KL divergence to the dense model, and time.
+Every method prunes the embedded GPT, or a model in a folder, on several calibration seeds. For
+each run: the layer loss of the masks, of the weights as written, the same on text that no mask was
+chosen on, perplexity and KL divergence to the dense model, and time.
 
     python benchmarks/study.py                       # 60 % per row and 2:4, three seeds
     python benchmarks/study.py --patterns 0.6 --methods "wanda;swap" --resume
+    python benchmarks/study.py --model second        # of benchmarks/train_second.py
 """
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ METHODS: dict[str, dict[str, Any]] = {
 class Yardstick:
     """The dense model on evaluation text, and what pruned models are measured by."""
 
-    def __init__(self, windows: Windows, held_out: Windows) -> None:
+    def __init__(self, windows: Windows, held_out: Windows, source: str = "embedded") -> None:
         self._windows, self._held_out = windows, held_out
-        model = load()
+        model = load(source)
         blocks_name, blocks = find_blocks(model)
         self.weights = {
             layer.name: layer.weight.clone() for layer in all_layers(blocks_name, blocks)
@@ -142,15 +143,19 @@ class Yardstick:
         return total
 
 
-def load() -> Any:
-    return mipprune.load_model("embedded", torch.device("cpu")).model
+def load(source: str = "embedded") -> Any:
+    return mipprune.load_model(source, torch.device("cpu")).model
 
 
 def run(
-    method: dict[str, Any], pattern: Pattern, windows: Windows, yard: Yardstick
+    method: dict[str, Any],
+    pattern: Pattern,
+    windows: Windows,
+    yard: Yardstick,
+    source: str = "embedded",
 ) -> dict[str, float]:
     """One method, one pattern, one seed."""
-    model = load()
+    model = load(source)
     began = time.perf_counter()
     report = mipprune.prune(
         model, None, windows, pattern, samples=len(windows.tokens), seqlen=WINDOW, **method
@@ -225,20 +230,27 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=128, help="calibration windows")
     options.add_argument("--evaluate", type=int, default=128, help="evaluation windows")
     options.add_argument("--resume", action="store_true", help="keep what a run before measured")
-    options.add_argument("--name", default="study", help="of the result files")
+    options.add_argument("--model", default="embedded", help="folder of another model")
+    options.add_argument(
+        "--name", help="of the result files; default: study, and the folder's name"
+    )
     arguments = options.parse_args()
-    tokenizer = mipprune.load_model("embedded", torch.device("cpu")).tokenizer
+    other = "" if arguments.model == "embedded" else f"_{Path(arguments.model).name}"
+    arguments.name = arguments.name or f"study{other}"
+    tokenizer = mipprune.load_model(arguments.model, torch.device("cpu")).tokenizer
 
     def windows(side: Any, count: int, seed: int) -> Windows:
         source, texts = read_texts(None, side)
         return cut_windows(texts, source, tokenizer, WINDOW, count, seed)
 
     evaluation = windows("evaluation", arguments.evaluate, 0)
-    yard = Yardstick(evaluation, Windows(evaluation.tokens[:64], evaluation.source))
+    yard = Yardstick(
+        evaluation, Windows(evaluation.tokens[:64], evaluation.source), arguments.model
+    )
     print(f"dense: perplexity {yard.perplexity:.3f}")
     methods = arguments.methods.split(";") if arguments.methods else list(METHODS)
     settings = {
-        "model": "embedded",
+        "model": Path(arguments.model).name,
         "dense_perplexity": yard.perplexity,
         "seeds": arguments.seeds,
         "samples": arguments.samples,
@@ -260,7 +272,7 @@ def main() -> None:
             runs = []
             for seed in range(arguments.seeds):
                 calibration = windows("calibration", arguments.samples, seed)
-                runs.append(run(METHODS[name], pattern, calibration, yard))
+                runs.append(run(METHODS[name], pattern, calibration, yard, arguments.model))
             results[name] = {"summary": summary(runs), "runs": runs}
             print(f"{pattern}, {name}: {json.dumps(results[name]['summary'])}", flush=True)
             write(arguments.out, arguments.name, record)

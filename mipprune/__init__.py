@@ -17,6 +17,7 @@ from solvers import InvalidInput
 from .allocate import Allocation
 from .calibration import Windows
 from .checkpoint import load_masks, save
+from .choice import Choice
 from .evaluate import Estimate, Perplexity, SideBySide, perplexity, side_by_side
 from .layer_step import LayerStep
 from .masks import StartMasks, apply_masks, keep_zeros, zero_pattern
@@ -30,6 +31,7 @@ from .surrogate import Surrogate
 
 __all__ = [
     "Allocation",
+    "Choice",
     "Estimate",
     "InvalidInput",
     "LayerResult",

@@ -52,9 +52,9 @@ class Allocation:
         Sparsities at which divergences are measured; by default the total and `ANCHORED` less and
         more than it, within ``low`` and ``high``.
     measure
-        How a layer is pruned for it: "swap" by swaps from Wanda's mask, weights as they are;
-        "run" as the run will prune it, with its solver and weight update, at that many times the
-        run's time.
+        How a layer is pruned for it: "run" as the run will prune it, with its solver and weight
+        update, which takes as long as the run for every anchor (within a time budget, by Wanda's
+        masks and the update); "swap" by swaps from Wanda's mask, weights as they are.
     """
 
     method: Method = "integer_program"
@@ -62,7 +62,7 @@ class Allocation:
     high: float | None = None
     criterion: Criterion = "divergence"
     anchors: tuple[float, ...] | None = None
-    measure: Measure = "swap"
+    measure: Measure = "run"
     probe: int = 8
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Allocation:
         rules
             Their default is the sparsity to share out; layers that they leave dense do not count.
         prune
-            How the run prunes a layer; needed to measure by "run".
+            How the run prunes a layer; None measures by "swap".
         """
         self.check(rules)
         default = rules.default

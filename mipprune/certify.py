@@ -28,6 +28,8 @@ from solvers.semidefinite.layer import fitted_price
 
 from .calibration import Windows
 from .checkpoint import RECORD_FILE, load_masks, write_json
+from .choice import step_of_layer
+from .held_out import split_windows
 from .layer_step import LayerStep
 from .models import LoadedModel, load_model, resolve_device
 from .observer import Observer
@@ -144,6 +146,8 @@ def certify(
         settings["seqlen"],
         settings["seed"],
     )
+    if settings.get("held_out") is not None:
+        windows, _ = split_windows(windows, settings["held_out"])
     if windows.digest != record["calibration"]["sha256"]:
         raise InvalidInput(
             f"The calibration text '{windows.source}' gives other tokens here than when {folder} "
@@ -158,7 +162,7 @@ def certify(
         settings["batch_size"],
         propagate=settings["grams"] == "pruned",
     )
-    layer_step, results = _layer_step(settings), []
+    run_step, results = _layer_step(settings), []
     for step in walk:
         pruned = [layer for layer in step.layers if layer.name in patterns]
         for at, layer in enumerate(pruned):
@@ -167,6 +171,7 @@ def certify(
             mask = masks[layer.name]
             gram = step.grams.gram(layer)
             inputs = Inputs(gram.matrix, gram.mean)
+            layer_step = step_of_layer(run_step, recorded[layer.name].get("choice"))
             problem = layer_step.problem(layer.weight, inputs, pattern).to("cpu")
             found = recorded[layer.name]
             _must_reproduce(layer.name, problem, mask, found.get("surrogate_loss", found["loss"]))

@@ -170,8 +170,27 @@ def prune(
         str | None,
         typer.Option(
             help="Share out --sparsity among the layers at equal total: integer_program, by what "
-            "each layer's pruning does to the model's predictions; or owl.  [default: each layer "
-            "alike]"
+            "pruning each layer does to the model's predictions (some four times the run's time); "
+            "or owl.  [default: each layer alike]"
+        ),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time for the run, such as 10m: searches end when their layer's part of it is "
+            "over. A repeat may then choose other masks. Where no solver is named, one that goes "
+            "on searching is taken."
+        ),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of the windows apart, and tell what layers lose on it."),
+    ] = None,
+    choose: Annotated[
+        str | None,
+        typer.Option(
+            help="NAME=VALUE,VALUE: every layer takes the value with the least loss on held-out "
+            "windows. NAME is shrink, centre, damping, update_damping or an option of the solver."
         ),
     ] = None,
     calibration: Calibration = None,
@@ -226,7 +245,8 @@ def prune(
 ) -> None:
     """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
     from .allocate import Allocation
-    from .defaults import BEST, REASON, chosen_method
+    from .choice import Choice
+    from .defaults import BEST, BEST_IN_TIME, REASON, REASON_IN_TIME, chosen_method
     from .job import plan_job, prune_to_folder
     from .layer_step import LayerStep
     from .masks import parse_start
@@ -236,6 +256,7 @@ def prune(
     from .report import layer_table, plan_table
     from .rules import Rules, parse_rule
     from .surrogate import Surrogate
+    from .time_budget import parse_seconds
 
     if quiet and verbose:
         raise InvalidInput("Give --quiet or --verbose, not both.")
@@ -245,7 +266,10 @@ def prune(
         tuple(ignore or []),
         tuple(only or []),
     )
-    method = chosen_method(solver, update, shrink, centre, more_said=bool(start or option))
+    method = chosen_method(
+        solver, update, shrink, centre,
+        more_said=bool(start or option), in_time=time_budget is not None,
+    )  # fmt: skip
     recipe = {**_recipe_of(context), **asdict(method)}
     arguments: dict[str, Any] = {
         "calibration": calibration,
@@ -269,19 +293,27 @@ def prune(
             method.update,  # type: ignore[arg-type] # checked there
         ),
         "allocation": None if allocate is None else Allocation(allocate),  # type: ignore[arg-type]
+        "time_budget": None if time_budget is None else parse_seconds(time_budget),
+        "held_out": held_out,
+        "choice": None if choose is None else Choice.parse(choose),
     }
     _quiet_transformers()
     if dry_run:
         with _err.status("") as status:
             _out.print(plan_table(plan_job(model, observer=_phases(status), **arguments)))
         if allocate is not None:
-            _out.print("Besides, the allocation's pass over the dense model; it is not estimated.")
+            _out.print(
+                "Besides, the allocation: about three times as long by integer_program, one pass "
+                "over the dense model by owl."
+            )
         return
     quiet = quiet or not is_first_process()
     if not quiet:
         _out.print(recipe_text(recipe).rstrip(), markup=False, soft_wrap=True)
         if method is BEST:
             _out.print(REASON)
+        elif method is BEST_IN_TIME:
+            _out.print(REASON_IN_TIME)
     with ExitStack() as stack:
         run_events = stack.enter_context(run_log(log))
         observers: list[Observer] = []

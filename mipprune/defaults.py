@@ -21,11 +21,25 @@ PLAIN = Method()
 BEST = Method(solver="alps", update="least_squares")
 """Where none is: of the methods in ``benchmarks/results/study.json``, the best for the model."""
 
+BEST_IN_TIME = Method(solver="joint", update="least_squares")
+"""The same within a time budget: from ALPS's masks on, swaps judged after least squares."""
+
+SEARCH_IN_TIME = "chain"
+"""The solver within a time budget where other choices are the user's: Frank-Wolfe, then tabu
+search, which takes all the time there is."""
+
 REASON = (
     "Chosen by default: masks by ALPS, then least squares for the weights that are kept. Of the "
     "methods compared by benchmarks/study.py, this one kept the model's predictions best, per row "
     "and at 2:4. With --solver, --option, --start, --update, --shrink or --centre, what they say "
     "is done (the solver is swap), and weights that are kept stay as they are."
+)
+
+
+REASON_IN_TIME = (
+    "Chosen for a time budget: masks by ALPS, swaps on the loss after least squares while there is "
+    "time, and least squares for the weights that are kept. With --start, --update, --shrink or "
+    "--centre the solver is chain: Frank-Wolfe, then tabu search, which takes all the time."
 )
 
 
@@ -36,12 +50,17 @@ def chosen_method(
     centre: float | None,
     *,
     more_said: bool,
+    in_time: bool = False,
 ) -> Method:
-    """The method that the options mean; ``more_said``: whether others shape the masks too."""
+    """The method that the options mean.
+
+    ``more_said``: whether others shape the masks too; ``in_time``: whether there is a time budget.
+    """
     if (solver, update, shrink, centre) == (None, None, None, None) and not more_said:
-        return BEST
+        return BEST_IN_TIME if in_time else BEST
+    plain = SEARCH_IN_TIME if in_time else PLAIN.solver
     return Method(
-        PLAIN.solver if solver is None else solver,
+        plain if solver is None else solver,
         PLAIN.update if update is None else update,
         PLAIN.shrink if shrink is None else shrink,
         PLAIN.centre if centre is None else centre,

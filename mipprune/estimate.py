@@ -171,10 +171,12 @@ def _collect(collector: GramCollector, call: Call, block: nn.Module, hidden: Ten
 def _seconds(
     first: _FirstBlock, placement: Placement, windows: Windows, settings: Settings
 ) -> float:
-    """Blocks times what the first one takes; layers by a sample of their rows."""
+    """Blocks times what the first one takes; layers by a sample of their rows, or as budgeted."""
     rounds = len(windows.tokens) / len(first.hidden)
     per_block = rounds * (first.collect_seconds + first.forward_seconds)
     per_block += _LOADS * first.load_seconds
+    if settings.time_budget is not None:
+        return max(settings.time_budget, len(placement.blocks) * per_block)
     known: dict[tuple[object, ...], float] = {}
     for layer in first.layers:
         pattern = settings.rules.pattern_for(layer.name)
@@ -185,13 +187,14 @@ def _seconds(
         if kind not in known:
             weight = first.weights[layer.name]
             known[kind] = _layer_seconds(layer.name, weight, gram, rows, settings)
-        per_block += known[kind]
+        per_block += known[kind] * len(settings.candidates())
     return len(placement.blocks) * per_block
 
 
 def _layer_seconds(name: str, weight: Tensor, gram: Gram, rows: int, settings: Settings) -> float:
     """Time of a layer's step with so many rows, by two samples of them."""
     # Masks that are given are for all rows; those of a solver take as long to start from.
+    settings = settings.candidates()[0]
     start = settings.start if settings.start in settings.solvers else None
     solver = LayerSolver(replace(settings, start=start))
 

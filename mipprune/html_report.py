@@ -246,6 +246,7 @@ def _colour(share: float) -> str:
 
 def _layers(record: dict[str, Any], times: dict[str, Any]) -> str:
     rows = []
+    apart = record["settings"].get("held_out") is not None
     for layer in record["layers"]:
         start, reference = layer["loss_start"], layer["loss_reference"]
         certificate, seconds = layer.get("certificate"), times["layers"].get(layer["name"])
@@ -259,6 +260,7 @@ def _layers(record: dict[str, Any], times: dict[str, Any]) -> str:
                 f"{layer['loss'] / start:.3f}" if start else "–",
                 f"{layer['loss'] / reference:.3f}" if reference else "–",
                 f"{layer['relative_error']:.2%}",
+                *(_held_out(layer) if apart else []),
                 f"{certificate['gap']:.2%}" if certificate else "–",
                 layer["status"].lower().replace("_", " "),
                 "–" if seconds is None else f"{seconds:.2f}",
@@ -266,7 +268,20 @@ def _layers(record: dict[str, Any], times: dict[str, Any]) -> str:
             ]
         )
     names = ["layer", "size", "tokens", "removed", "loss", "/ start", "/ wanda", "/ output"]
+    names += ["held out", "/ own", "chosen"] if apart else []
     return "<h2>Layers</h2>" + _table([*names, "gap", "status", "s", "note"], rows)
+
+
+def _held_out(layer: dict[str, Any]) -> list[str]:
+    """What a layer loses on held-out windows, that over its own loss, and what was chosen by it."""
+    loss, own, choice = (
+        layer.get(key) for key in ("held_out_updated_loss", "updated_loss", "choice")
+    )
+    return [
+        "–" if loss is None else f"{loss:.4g}",
+        "–" if loss is None or not own else f"{loss / own:.3f}",
+        "–" if choice is None else f"{choice['option']} {choice['value']}",
+    ]
 
 
 def _settings(record: dict[str, Any]) -> str:

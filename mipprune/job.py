@@ -21,6 +21,7 @@ from solvers import Pattern
 from .allocate import Allocation
 from .calibration import Windows, window_length
 from .checkpoint import Shards, save_beside
+from .choice import Choice
 from .estimate import Plan, choose_batch, plan
 from .folder import ModelFolder, NotStreamable, build_empty
 from .journal import NO_JOURNAL
@@ -304,6 +305,9 @@ def plan_job(
     token_cache: str | Path | None = None,
     layer_step: LayerStep | None = None,
     allocation: Allocation | None = None,
+    time_budget: float | None = None,
+    held_out: float | None = None,
+    choice: Choice | None = None,
     host_bytes: float = HOST_BYTES,
     observer: Observer | None = None,
 ) -> Plan:
@@ -335,6 +339,9 @@ def plan_job(
         seed,
         layer_step or LayerStep(),
         allocation,
+        time_budget,
+        held_out,
+        choice,
     )
     if allocation is not None:
         check_allocation(allocation, rules, placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from .ranks import ALONE, Ranks
 from .record import REFERENCE, LayerResult, PrunedLayer
 from .settings import CURRENT, Settings
 from .surrogate import Inputs
+from .time_budget import TimeBudget
 
 _ZERO_TOKENS = "saw no calibration token: pruned by magnitude"
 
@@ -85,12 +87,19 @@ class LayerSolver:
         The processes that share the rows.
     warn
         Told when rows have to be solved in smaller pieces.
+    budget
+        Limits each layer's search; None lets it end by itself.
     """
 
     def __init__(
-        self, settings: Settings, ranks: Ranks = ALONE, warn: Callable[[str], None] = lambda _: None
+        self,
+        settings: Settings,
+        ranks: Ranks = ALONE,
+        warn: Callable[[str], None] = lambda _: None,
+        budget: TimeBudget | None = None,
     ) -> None:
         self._settings, self._ranks, self._warn = settings, ranks, warn
+        self._budget, self._limit = budget, math.inf
         self._pieces = 1
         self._sharable = get_solver(settings.solver, **settings.solver_options).rowwise
 
@@ -119,7 +128,7 @@ class LayerSolver:
             options = settings.solver_options
             if "mean" in get_solver(settings.solver).options():
                 options = {"mean": gram.mean, **options}
-            solution = self._solve(problem, start, options)
+            solution = self._solve_in_time(layer.name, problem, start, options)
         weight = None
         if not step.keeps_weights:
             weight = step.updated(layer.weight, inputs, solution.mask)
@@ -175,6 +184,17 @@ class LayerSolver:
         """Whether rows may be solved in several pieces."""
         return self._sharable and not problem.pattern.coupled
 
+    def _solve_in_time(
+        self, name: str, problem: MaskProblem, start: Tensor | None, options: dict[str, Any]
+    ) -> MaskSolution:
+        """Solve within the layer's part of the time budget, if there is one."""
+        if self._budget is None:
+            return self._solve(problem, start, options)
+        began, self._limit = time.perf_counter(), self._budget.limit(name)
+        solution = self._solve(problem, start, options)
+        self._budget.spent(name, time.perf_counter() - began)
+        return solution
+
     def _solve(
         self, problem: MaskProblem, start: Tensor | None, options: dict[str, Any]
     ) -> MaskSolution:
@@ -216,8 +236,12 @@ class LayerSolver:
         whole = len(rows) == problem.shape[0]
         part = problem if whole else problem.rows(rows)
         begin = start if whole or start is None else start[rows.to(start.device)]
-        settings = self._settings
-        return solve(part, settings.solver, start=begin, seed=settings.seed, **options)
+        settings, limit = self._settings, None
+        if self._budget is not None:
+            limit = self._limit * len(rows) / problem.shape[0]
+        return solve(
+            part, settings.solver, start=begin, time_limit=limit, seed=settings.seed, **options
+        )
 
 
 def _joined(parts: Sequence[MaskSolution], device: torch.device) -> MaskSolution:

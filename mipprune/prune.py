@@ -13,14 +13,17 @@ from torch import nn
 from solvers import InvalidInput, MaskProblem, Pattern, PerLayer
 
 from .allocate import Allocation
+from .budget import shape_of
 from .calibration import Windows, check_tokens, read_windows, window_length
+from .choice import Choice
 from .environment import environment
 from .estimate import choose_batch
+from .held_out import Judged, split_windows, together
 from .journal import NO_JOURNAL, Journal
 from .layer import LayerSolver, check_layer
 from .layer_step import LayerStep
 from .masks import StartMasks
-from .models import PrunableLayer, coverage, find_blocks, prunable_layers
+from .models import Coverage, PrunableLayer, coverage, find_blocks, prunable_layers
 from .observer import Observer
 from .placement import Placement
 from .ranks import ALONE, Ranks
@@ -28,6 +31,7 @@ from .record import PruneReport
 from .rules import Rules
 from .settings import Grams, Settings
 from .share_out import check_allocation, shared_out
+from .time_budget import NOTE, TimeBudget
 from .walk import HOST_BYTES, BlockWalk
 
 if TYPE_CHECKING:
@@ -52,6 +56,9 @@ def prune(
     token_cache: str | Path | None = None,
     layer_step: LayerStep | None = None,
     allocation: Allocation | None = None,
+    time_budget: float | None = None,
+    held_out: float | None = None,
+    choice: Choice | None = None,
     placement: Placement | None = None,
     journal: Journal = NO_JOURNAL,
     host_bytes: float = HOST_BYTES,
@@ -93,6 +100,13 @@ def prune(
         weights as they are.
     allocation
         Shares out the pattern's sparsity among the layers; None gives it to every layer.
+    time_budget
+        Seconds for the run as a whole, see `TimeBudget`; None lets every search end by itself. A
+        resumed run has the unfinished layers' part of it.
+    held_out
+        Share of the calibration windows that is kept apart; what layers lose on it is recorded.
+    choice
+        An option of which every layer takes the value of least held-out loss.
     placement
         Where the weights are, if not all on one device.
     journal
@@ -129,7 +143,14 @@ def prune(
         seed,
         layer_step or LayerStep(),
         allocation,
+        time_budget,
+        held_out,
+        choice,
     )
+    if time_budget is not None and ranks.size > 1:
+        raise InvalidInput(
+            "Several processes would each end a search at another point; a time budget is for one."
+        )
     covered = coverage(placement.blocks_name, placement.blocks, model)
     layers = all_layers(placement.blocks_name, placement.blocks)
     rules.check(layer.name for layer in layers)
@@ -142,8 +163,11 @@ def prune(
     observer.begin(len(placement.blocks), sum(layer.weight.numel() for layer in chosen))
     observer.phase("calibration text")
     windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed, token_cache)
+    given, apart = len(windows.tokens), None
+    if held_out is not None:
+        windows, apart = split_windows(windows, held_out)
 
-    def captured() -> BlockWalk:
+    def captured(windows: Windows) -> BlockWalk:
         observer.phase("replay check and capture")
         return BlockWalk(
             placement,
@@ -155,30 +179,15 @@ def prune(
             warn=observer.warning,
         )
 
-    walk = captured()
+    walk = captured(windows)
     report = PruneReport(
         settings={**settings.to_dict(), "blocks": placement.blocks_name},
-        calibration={
-            "source": windows.source,
-            "windows": len(windows.tokens),
-            "length": windows.tokens.shape[1],
-            "sha256": windows.digest,
-            **windows.origin,
-        },
+        calibration=_about(windows, apart),
         environment=model_environment(model, placement.device),
         coverage=covered,
         replay_error=walk.replay_error,
+        warnings=_notes(settings, covered, given, windows.tokens.shape[1]),
     )
-    if covered.share < 0.95:
-        left = ", ".join(covered.uncovered[:4]) + (", ..." if covered.uncovered[4:] else "")
-        report.warnings.append(
-            f"Only {covered.share:.0%} of the block weights are prunable; left dense: {left}."
-        )
-    if len(windows.tokens) < samples:
-        report.warnings.append(
-            f"The text gave {len(windows.tokens)} windows of {windows.tokens.shape[1]} tokens, "
-            f"not {samples}."
-        )
     finished = ranks.gather_objects(journal.begin(report))[0]
     if allocation is not None:
         allocated = finished.rules
@@ -189,12 +198,21 @@ def prune(
                 host_bytes=host_bytes, ranks=ranks, observer=observer,
             )  # fmt: skip
             journal.allocate(allocated)
-            walk = captured()
+            walk = captured(windows)
         rules = allocated
         settings = replace(settings, rules=rules)
         report.settings["rules"] = rules.to_dict()
-    solve_layer = LayerSolver(settings, ranks, observer.warning)
-    for step in walk:
+    budget = None
+    if time_budget is not None:
+        shapes = {layer.name: shape_of(layer) for layer in chosen}
+        passed = time.perf_counter() - began
+        budget = TimeBudget.going_on(time_budget, passed, shapes, finished.names)
+    solve_layer = Judged(
+        [LayerSolver(one, ranks, observer.warning, budget) for one in settings.candidates()],
+        choice,
+    )
+    walk_apart = None if apart is None else captured(apart)
+    for step, step_apart in together(walk, walk_apart, grams == "pruned"):
         for layer in step.layers:
             if rules.pattern_for(layer.name) is None:
                 continue
@@ -202,16 +220,48 @@ def prune(
             if pruned is None:
                 observer.phase(f"{step.index}: Gram matrices")
                 gram = step.grams.gram(layer)
+                gram_apart = None if step_apart is None else step_apart.grams.gram(layer)
                 observer.phase(layer.name.removeprefix(f"{placement.blocks_name}."))
-                pruned = solve_layer(layer, gram)
+                pruned = solve_layer(layer, gram, gram_apart)
                 journal.finish(layer, pruned)
                 step.grams.release(layer)
+                if step_apart is not None:
+                    step_apart.grams.release(layer)
             step.prune(layer, pruned.mask, pruned.weight)
             report.add(pruned)
             observer.layer(step.index, pruned.result)
         observer.phase(f"{step.index}: outputs")
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _about(windows: Windows, apart: Windows | None) -> dict[str, Any]:
+    """The record's calibration."""
+    about: dict[str, Any] = {
+        "source": windows.source,
+        "windows": len(windows.tokens),
+        "length": windows.tokens.shape[1],
+        "sha256": windows.digest,
+        **windows.origin,
+    }
+    if apart is not None:
+        about["held_out"] = {"windows": len(apart.tokens), "sha256": apart.digest}
+    return about
+
+
+def _notes(settings: Settings, covered: Coverage, windows: int, length: int) -> list[str]:
+    """What is out of the ordinary before anything is pruned."""
+    notes = []
+    if covered.share < 0.95:
+        left = ", ".join(covered.uncovered[:4]) + (", ..." if covered.uncovered[4:] else "")
+        notes.append(
+            f"Only {covered.share:.0%} of the block weights are prunable; left dense: {left}."
+        )
+    if windows < settings.samples:
+        notes.append(f"The text gave {windows} windows of {length} tokens, not {settings.samples}.")
+    if settings.time_budget is not None:
+        notes.append(NOTE)
+    return notes
 
 
 def calibration_windows(

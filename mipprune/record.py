@@ -61,6 +61,11 @@ class LayerResult:
         The solver's own counts.
     note
         Anything out of the ordinary; empty otherwise.
+    held_out_loss, held_out_updated_loss
+        As ``loss`` and ``updated_loss``, on windows that were held out; None without such.
+    choice
+        Where an option was left open: its name, the value chosen, and the held-out loss (with the
+        weights as they were written) of every value, in order; None otherwise.
     """
 
     name: str
@@ -79,6 +84,9 @@ class LayerResult:
     seconds: float
     stats: dict[str, Any]
     note: str = ""
+    held_out_loss: float | None = None
+    held_out_updated_loss: float | None = None
+    choice: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without times."""
@@ -191,6 +199,13 @@ class PruneReport:
         return sum(layer.loss_reference for layer in self.layers)
 
     @property
+    def held_out_loss(self) -> float | None:
+        """Summed ``held_out_updated_loss``; None if a layer has none."""
+        losses = [layer.held_out_updated_loss for layer in self.layers]
+        known = [loss for loss in losses if loss is not None]
+        return sum(known) if len(known) == len(losses) else None
+
+    @property
     def sparsity(self) -> float:
         """Share removed of all prunable weights."""
         removed = sum(layer.sparsity * layer.rows * layer.inputs for layer in self.layers)
@@ -223,6 +238,7 @@ class PruneReport:
             "loss_start": self.loss_start,
             "loss": self.loss,
             "updated_loss": self.updated_loss,
+            "held_out_loss": self.held_out_loss,
             "loss_reference": self.loss_reference,
             "reference": REFERENCE,
             "mask_hash": self.mask_hash,

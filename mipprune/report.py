@@ -35,7 +35,8 @@ def layer_table(report: PruneReport) -> Table:
     title = f"Loss of {len(report.layers)} layers by kind, in {report.seconds:.1f} s"
     table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("layer", no_wrap=True)
-    for column in ("sparsity", "loss", "/ start", "/ wanda", "/ output", "s"):
+    apart = ["held out / own"] if report.held_out_loss is not None else []
+    for column in ("sparsity", "loss", "/ start", "/ wanda", "/ output", *apart, "s"):
         table.add_column(column, justify="right")
     for kind, layers in kinds.items():
         table.add_row(kind, *_sums(layers))
@@ -193,12 +194,15 @@ def _sums(layers: Sequence[LayerResult]) -> list[str]:
     sizes = [layer.rows * layer.inputs for layer in layers]
     removed = sum(layer.sparsity * size for layer, size in zip(layers, sizes, strict=True))
     errors = [layer.relative_error for layer in layers]
+    apart = [one.held_out_updated_loss for one in layers if one.held_out_updated_loss is not None]
+    own = sum(layer.updated_loss for layer in layers)
     return [
         f"{removed / sum(sizes):.1%}",
         f"{loss:.4g}",
         _ratio(loss, sum(starts)) if len(starts) == len(layers) else "–",
         _ratio(loss, sum(layer.loss_reference for layer in layers)),
         f"{sum(errors) / len(errors):.2%}",
+        *([_ratio(sum(apart), own)] if len(apart) == len(layers) else []),
         f"{sum(layer.seconds for layer in layers):.1f}",
     ]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from solvers import InvalidInput, get_solver
 from solvers.registry import DEFAULT_START
 
 from .allocate import Allocation
+from .choice import Choice
 from .layer_step import LayerStep
 from .masks import StartMasks
 from .rules import Rules
@@ -40,6 +41,9 @@ class Settings:
     seed: int = 0
     layer_step: LayerStep = field(default_factory=LayerStep)
     allocation: Allocation | None = None
+    time_budget: float | None = None
+    held_out: float | None = None
+    choice: Choice | None = None
 
     def __post_init__(self) -> None:
         chosen = get_solver(self.solver, **self.solver_options)
@@ -51,10 +55,39 @@ class Settings:
             raise InvalidInput(
                 "A run collects no products of dense and pruned inputs; leave them out."
             )
+        if self.time_budget is not None and not self.time_budget > 0:
+            raise InvalidInput(
+                f"A time budget of {self.time_budget} s leaves no time; give a positive number."
+            )
+        if self.held_out is not None and not 0 < self.held_out < 1:
+            raise InvalidInput(
+                f"held_out={self.held_out} is outside (0, 1); it is a share of the windows."
+            )
+        if self.choice is not None and self.held_out is None:
+            raise InvalidInput(
+                f"'{self.choice.option}' is chosen by the loss on held-out windows; give a share "
+                "of them too, such as --held-out 0.25."
+            )
+        if self.choice is not None and self.time_budget is not None:
+            raise InvalidInput("A time budget is for one search per layer; leave the choice out.")
+        self.candidates()
         if self.grams not in ("pruned", "dense"):
             raise InvalidInput(f"Grams are taken from 'pruned' or 'dense', not '{self.grams}'.")
         if self.batch_size < 1:
             raise InvalidInput(f"batch_size={self.batch_size} runs nothing; give at least 1.")
+
+    def candidates(self) -> list[Settings]:
+        """These settings with nothing left open: one for each value of the choice."""
+        if self.choice is None:
+            return [self]
+        applied = (
+            self.choice.applied(value, self.layer_step, self.solver_options)
+            for value in self.choice.values
+        )
+        return [
+            replace(self, layer_step=step, solver_options=options, choice=None)
+            for step, options in applied
+        ]
 
     @property
     def solvers(self) -> list[str]:
@@ -72,6 +105,9 @@ class Settings:
             "solver_options": self.solver_options,
             "layer_step": self.layer_step.to_dict(),
             "allocation": self.allocation and self.allocation.to_dict(),
+            "time_budget": self.time_budget,
+            "held_out": self.held_out,
+            "choice": self.choice and self.choice.to_dict(),
             "pattern": self.rules.default.to_dict(),
             "rules": self.rules.to_dict(),
             "grams": self.grams,

@@ -62,7 +62,11 @@ def shared_out(
 
 
 def _pruned_as_in(settings: Settings, ranks: Ranks) -> Prune:
-    """Layers pruned as the run prunes them, but at another sparsity."""
+    """Layers pruned as the run prunes them, but at another sparsity and by no search in time."""
+    if settings.time_budget is not None:
+        settings = replace(
+            settings, solver="wanda", start=None, solver_options={}, time_budget=None
+        )
 
     def prune(layer: PrunableLayer, gram: Gram, pattern: PerRow) -> Tensor:
         chosen: PerRow | PerLayer = pattern

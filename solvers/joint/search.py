@@ -76,7 +76,9 @@ class Joint(Solver):
     def _search(self, search: Search) -> Outcome:
         problem, start, clock = search.problem, search.start, search.clock
         if start is None:
-            start = get_solver(self.initial).solve(problem, seed=search.seed).mask
+            left = None if math.isinf(clock.remaining) else max(1e-3, clock.remaining)
+            initial = get_solver(self.initial)
+            start = initial.solve(problem, time_limit=left, seed=search.seed).mask
         neighbourhood = problem.pattern.neighbourhood(problem.shape)
         assert neighbourhood is not None
         weight, gram = problem.weight.double().cpu(), problem.gram.double().cpu()

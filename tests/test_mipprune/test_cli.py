@@ -150,6 +150,35 @@ def test_an_allocation_repeats_from_its_recipe(run, tmp_path):
     assert "the pattern is 2:4; give --sparsity, or leave --allocate out." in error
 
 
+def test_what_is_held_out_and_chosen_by_it_repeats_from_its_recipe(run, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    prune = ["prune", "embedded", "--sparsity", "0.6", "--only", "*.0.*.k_proj", *FAST]
+    chosen = ["--held-out", "0.25", "--choose", "shrink=0,0.5", "--solver", "swap"]
+    code, printed, error = run(*prune, *chosen, "--out", first)
+    assert code == 0, error
+    assert "held out / own" in printed
+    assert run("prune", "embedded", "--config", first / "recipe.yaml", "--out", again)[0] == 0
+    records = [json.loads((out / "mipprune.json").read_text()) for out in (first, again)]
+    assert records[0]["mask_hash"] == records[1]["mask_hash"]
+    assert records[0]["held_out_loss"] == records[0]["layers"][0]["held_out_updated_loss"] > 0
+    assert records[0]["settings"]["choice"] == {"option": "shrink", "values": [0, 0.5]}
+
+
+def test_a_time_budget_is_recorded(run, tmp_path):
+    prune = ["prune", "embedded", "--sparsity", "0.6", "--only", "*.0.*.k_proj", *FAST]
+    code, printed, error = run(
+        *prune, "--solver", "swap", "--time-budget", "1h", "--out", tmp_path / "out"
+    )
+    assert code == 0, error
+    assert "time-budget: 1h" in printed
+    assert "a repeat may choose others" in error
+    record = json.loads((tmp_path / "out" / "mipprune.json").read_text())
+    assert record["settings"]["time_budget"] == 3600.0
+    code, _, error = run(*prune, "--time-budget", "soon", "--out", tmp_path / "no")
+    assert code == 2
+    assert "'soon' is no time" in error
+
+
 def test_recipes_that_say_nonsense_are_refused(run, tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     for text, message in [
