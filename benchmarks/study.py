@@ -29,9 +29,8 @@ from mipprune.allocate import Allocation
 from mipprune.calibration import Windows, cut_windows, read_texts
 from mipprune.capture import forward
 from mipprune.layer_step import LayerStep
-from mipprune.models import find_blocks
+from mipprune.models import all_layers, find_blocks
 from mipprune.placement import Placement
-from mipprune.prune import all_layers
 from mipprune.surrogate import Surrogate
 from mipprune.walk import BlockWalk
 from solvers import NM, Pattern, PerRow, updated_loss

@@ -55,6 +55,8 @@ class Allocation:
         How a layer is pruned for it: "run" as the run will prune it, with its solver and weight
         update, which takes as long as the run for every anchor (within a time budget, by Wanda's
         masks and the update); "swap" by swaps from Wanda's mask, weights as they are.
+    optional
+        Whether a run that it cannot be followed in goes on without, instead of being refused.
     """
 
     method: Method = "integer_program"
@@ -64,6 +66,7 @@ class Allocation:
     anchors: tuple[float, ...] | None = None
     measure: Measure = "run"
     probe: int = 8
+    optional: bool = False
 
     def __post_init__(self) -> None:
         for value, kind in (

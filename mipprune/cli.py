@@ -138,9 +138,9 @@ def prune(
     solver: Annotated[
         str | None,
         typer.Option(
-            help="See `mipprune solvers`. Without this and the next five options: alps and "
-            "update least_squares, the best of benchmarks/study.py; with one of them, the "
-            "others are swap, none, 0 and 0.",
+            help="See `mipprune solvers`. Without this and the next five options: alps, update "
+            "least_squares and, with --sparsity, allocate integer_program, the best of "
+            "benchmarks/study.py; with one of them, the others are swap, none, 0 and 0.",
         ),
     ] = None,
     start: Annotated[
@@ -171,7 +171,7 @@ def prune(
         typer.Option(
             help="Share out --sparsity among the layers at equal total: integer_program, by what "
             "pruning each layer does to the model's predictions (some four times the run's time); "
-            "or owl.  [default: each layer alike]"
+            "owl; or uniform.  [default: integer_program where no method is named, else uniform]"
         ),
     ] = None,
     time_budget: Annotated[
@@ -246,7 +246,7 @@ def prune(
     """Prune a model and save it: safetensors, tokenizer, packed masks, record, card, recipe."""
     from .allocate import Allocation
     from .choice import Choice
-    from .defaults import BEST, BEST_IN_TIME, REASON, REASON_IN_TIME, chosen_method
+    from .defaults import chosen_method
     from .job import plan_job, prune_to_folder
     from .layer_step import LayerStep
     from .masks import parse_start
@@ -267,10 +267,11 @@ def prune(
         tuple(only or []),
     )
     method = chosen_method(
-        solver, update, shrink, centre,
+        solver, update, shrink, centre, allocate,
         more_said=bool(start or option), in_time=time_budget is not None,
+        shareable=sparsity is not None and not rule,
     )  # fmt: skip
-    recipe = {**_recipe_of(context), **asdict(method)}
+    recipe = {**_recipe_of(context), **method.options()}
     arguments: dict[str, Any] = {
         "calibration": calibration,
         "pattern": rules,
@@ -292,7 +293,7 @@ def prune(
             Surrogate(shrink=method.shrink, centre=method.centre),
             method.update,  # type: ignore[arg-type] # checked there
         ),
-        "allocation": None if allocate is None else Allocation(allocate),  # type: ignore[arg-type]
+        "allocation": method.allocate and Allocation(method.allocate, optional=allocate is None),  # type: ignore[arg-type]
         "time_budget": None if time_budget is None else parse_seconds(time_budget),
         "held_out": held_out,
         "choice": None if choose is None else Choice.parse(choose),
@@ -301,7 +302,7 @@ def prune(
     if dry_run:
         with _err.status("") as status:
             _out.print(plan_table(plan_job(model, observer=_phases(status), **arguments)))
-        if allocate is not None:
+        if method.allocate not in (None, "uniform"):
             _out.print(
                 "Besides, the allocation: about three times as long by integer_program, one pass "
                 "over the dense model by owl."
@@ -310,10 +311,8 @@ def prune(
     quiet = quiet or not is_first_process()
     if not quiet:
         _out.print(recipe_text(recipe).rstrip(), markup=False, soft_wrap=True)
-        if method is BEST:
-            _out.print(REASON)
-        elif method is BEST_IN_TIME:
-            _out.print(REASON_IN_TIME)
+        if method.reason:
+            _out.print(method.reason)
     with ExitStack() as stack:
         run_events = stack.enter_context(run_log(log))
         observers: list[Observer] = []
@@ -796,8 +795,6 @@ def time_2to4(
     ] = None,
 ) -> None:
     """Time a 2:4 model's layers, dense and by PyTorch's sparse kernels (CUDA only)."""
-    from dataclasses import asdict
-
     from .checkpoint import write_json
     from .environment import environment
     from .models import resolve_device

@@ -35,7 +35,7 @@ from .ranks import Ranks, own_device, ranks_of_environment
 from .record import PruneReport
 from .rules import Rules
 from .settings import Grams, Settings
-from .share_out import check_allocation
+from .share_out import feasible
 from .walk import HOST_BYTES
 from .work import WorkFolder
 
@@ -338,13 +338,11 @@ def plan_job(
         batch_size,
         seed,
         layer_step or LayerStep(),
-        allocation,
+        feasible(allocation, rules, placement, observer.warning),
         time_budget,
         held_out,
         choice,
     )
-    if allocation is not None:
-        check_allocation(allocation, rules, placement)
     windows = calibration_windows(
         model, opened.tokenizer, calibration, samples, seqlen, seed, token_cache
     )

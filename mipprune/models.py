@@ -297,6 +297,15 @@ def prunable_layers(block: nn.Module, prefix: str) -> list[PrunableLayer]:
     return layers
 
 
+def all_layers(blocks_name: str, blocks: nn.ModuleList) -> list[PrunableLayer]:
+    """The prunable layers of all blocks, in order."""
+    return [
+        layer
+        for index, block in enumerate(blocks)
+        for layer in prunable_layers(block, f"{blocks_name}.{index}")
+    ]
+
+
 def _check_plain(module: nn.Module, name: str) -> None:
     """Refuse weights that are no plain floating-point tensors."""
     linear = isinstance(module, nn.Linear)

@@ -23,14 +23,14 @@ from .journal import NO_JOURNAL, Journal
 from .layer import LayerSolver, check_layer
 from .layer_step import LayerStep
 from .masks import StartMasks
-from .models import Coverage, PrunableLayer, coverage, find_blocks, prunable_layers
+from .models import Coverage, all_layers, coverage, find_blocks
 from .observer import Observer
 from .placement import Placement
 from .ranks import ALONE, Ranks
 from .record import PruneReport
 from .rules import Rules
 from .settings import Grams, Settings
-from .share_out import check_allocation, shared_out
+from .share_out import feasible, shared_out
 from .time_budget import NOTE, TimeBudget
 from .walk import HOST_BYTES, BlockWalk
 
@@ -131,6 +131,9 @@ def prune(
         fitting = choose_batch(placement, window_length(model.config, seqlen))
         batch_size = min(ranks.gather_objects(fitting))
     rules = pattern if isinstance(pattern, Rules) else Rules(pattern)
+    layers = all_layers(placement.blocks_name, placement.blocks)
+    rules.check(layer.name for layer in layers)
+    allocation = feasible(allocation, rules, placement, observer.warning)
     settings = Settings(
         rules,
         solver,
@@ -152,10 +155,6 @@ def prune(
             "Several processes would each end a search at another point; a time budget is for one."
         )
     covered = coverage(placement.blocks_name, placement.blocks, model)
-    layers = all_layers(placement.blocks_name, placement.blocks)
-    rules.check(layer.name for layer in layers)
-    if allocation is not None:
-        check_allocation(allocation, rules, placement)
     chosen = [layer for layer in layers if rules.pattern_for(layer.name) is not None]
     for layer in chosen:
         check_layer(layer, settings)
@@ -317,15 +316,6 @@ def layer_problem(
                 gram = step.grams.gram(found)
                 return MaskProblem(found.weight.float(), gram.matrix, PerLayer(sparsity=0.5))
     raise AssertionError("a layer found before must be found again")
-
-
-def all_layers(blocks_name: str, blocks: nn.ModuleList) -> list[PrunableLayer]:
-    """The prunable layers of all blocks, in order."""
-    return [
-        layer
-        for index, block in enumerate(blocks)
-        for layer in prunable_layers(block, f"{blocks_name}.{index}")
-    ]
 
 
 def model_environment(model: nn.Module, device: torch.device | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from .dense_walk import DenseWalk
 from .gram import Gram
 from .layer import LayerSolver
 from .loss_curves import Prune
-from .models import PrunableLayer
+from .models import PrunableLayer, all_layers
 from .observer import Observer
 from .placement import FromFolder, Placement
 from .ranks import ALONE, Ranks
@@ -22,10 +23,44 @@ from .rules import Rules
 from .settings import Settings
 from .walk import HOST_BYTES
 
+MOST_LAYERS = 1000
+"""An optional allocation leaves models with more layers alone: each costs several forwards."""
 
-def check_allocation(allocation: Allocation, rules: Rules, placement: Placement) -> None:
-    """Refuse what cannot be shared out, or not of a model that is read block by block."""
+
+def feasible(
+    allocation: Allocation | None,
+    rules: Rules,
+    placement: Placement,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Allocation | None:
+    """The allocation, if it can be followed; an optional one that cannot is dropped.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot, and is not optional: nothing is to be shared out, or not of a model that is
+        read block by block.
+    """
+    if allocation is None:
+        return None
+    try:
+        _check(allocation, rules, placement)
+    except InvalidInput as error:
+        if not allocation.optional:
+            raise
+        warn(f"All layers get the same sparsity. {error}")
+        return None
+    return allocation
+
+
+def _check(allocation: Allocation, rules: Rules, placement: Placement) -> None:
     allocation.check(rules)
+    layers = all_layers(placement.blocks_name, placement.blocks)
+    if allocation.optional and len(layers) > MOST_LAYERS:
+        raise InvalidInput(
+            f"An allocation takes several forwards of the model for each of {len(layers)} layers; "
+            "--allocate integer_program does so nevertheless."
+        )
     if allocation.forwards and isinstance(placement, FromFolder):
         raise InvalidInput(
             "An allocation by integer program runs the whole model several times for every layer, "

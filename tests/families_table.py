@@ -8,8 +8,7 @@ from models import FAMILIES, NEWER, tiny_model
 from torch.nn import Linear
 from transformers.pytorch_utils import Conv1D
 
-from mipprune.models import coverage, find_blocks
-from mipprune.prune import all_layers
+from mipprune.models import all_layers, coverage, find_blocks
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- families: make families -->\n", "<!-- end of families -->\n"

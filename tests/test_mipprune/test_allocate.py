@@ -14,10 +14,9 @@ from mipprune.dense_walk import DenseWalk
 from mipprune.job import prune_to_folder
 from mipprune.journal import FileJournal
 from mipprune.loss_curves import LossCurve, Option, loss_curves
-from mipprune.models import find_blocks
+from mipprune.models import all_layers, find_blocks
 from mipprune.owl import BlockOutliers, outlier_ratios, owl
 from mipprune.placement import FromHost, Placement
-from mipprune.prune import all_layers
 from mipprune.rules import Rules
 from mipprune.settings import Settings
 from mipprune.share_out import shared_out

@@ -68,6 +68,39 @@ def test_what_is_chosen_by_default_is_said(run, tmp_path):
     assert steps[1] == steps[2]
 
 
+def test_a_sparsity_is_shared_out_by_default(run, tmp_path):
+    small = ["--only", "*.0.self_attn.k_proj", "--only", "*.0.self_attn.v_proj"]
+    prune = ["prune", "embedded", "--sparsity", "0.5", *small, *FAST, "--out"]
+    code, printed, _ = run(*prune, tmp_path / "a")
+    assert code == 0
+    assert "An integer program shares out the sparsity" in printed
+    record = json.loads((tmp_path / "a" / "mipprune.json").read_text())
+    assert record["settings"]["allocation"]["method"] == "integer_program"
+    assert record["recipe"]["allocate"] == "integer_program"
+    assert run("prune", "--config", tmp_path / "a" / "recipe.yaml", "--out", tmp_path / "b")[0] == 0
+    again = json.loads((tmp_path / "b" / "mipprune.json").read_text())
+    assert again["mask_hash"] == record["mask_hash"]
+
+    for more in (["--allocate", "uniform"], ["--solver", "wanda"], ["--rule", "*v_proj=0.6"]):
+        code, printed, _ = run(*prune, tmp_path / "c", *more, "--dry-run")
+        assert code == 0
+        assert "Besides, the allocation" not in printed
+
+
+def test_a_sparsity_that_cannot_be_shared_out_is_said(run, tmp_path):
+    small = ["--only", "*.0.self_attn.k_proj"]
+    prune = ["prune", "embedded", *small, *FAST, "--out", tmp_path / "a"]
+    code, _, errors = run(*prune, "--sparsity", "0.97")
+    assert code == 0
+    assert "All layers get the same sparsity." in errors
+    record = json.loads((tmp_path / "a" / "mipprune.json").read_text())
+    assert record["settings"]["allocation"] is None
+    refused = [*prune[:-1], tmp_path / "b", "--allocate", "integer_program", "--sparsity", "0.97"]
+    code, _, errors = run(*refused)
+    assert code == 1
+    assert "needs bounds" in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "counts"),
     [

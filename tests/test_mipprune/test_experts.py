@@ -10,9 +10,8 @@ from mipprune.calibration import Windows
 from mipprune.capture import ReplayMismatch, capture, check_replay
 from mipprune.experts import ProductWatch, all_fused_weights, fused_weights, router_weights, watched
 from mipprune.gram import GramCollector
-from mipprune.models import find_blocks, prunable_layers
+from mipprune.models import all_layers, find_blocks, prunable_layers
 from mipprune.placement import Placement
-from mipprune.prune import all_layers
 from mipprune.walk import BlockWalk
 from solvers import NM, InvalidInput, MaskProblem, PerRow, solve
 

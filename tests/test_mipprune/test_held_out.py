@@ -13,8 +13,7 @@ from mipprune.held_out import split_windows
 from mipprune.html_report import html_report
 from mipprune.job import prune_to_folder
 from mipprune.journal import FileJournal
-from mipprune.models import LoadedModel, find_blocks
-from mipprune.prune import all_layers
+from mipprune.models import LoadedModel, all_layers, find_blocks
 from mipprune.report import layer_table
 from solvers import InvalidInput, PerRow, updated_loss
 

@@ -7,8 +7,7 @@ from models import tiny_model, tiny_tokens
 import mipprune
 from mipprune import LayerStep, Surrogate
 from mipprune.calibration import Windows
-from mipprune.models import find_blocks
-from mipprune.prune import all_layers
+from mipprune.models import all_layers, find_blocks
 from mipprune.surrogate import Inputs
 from solvers import InvalidInput, LeastSquares, MaskProblem, PerRow, solve, unbiased_gain
 

@@ -5,8 +5,7 @@ from torch import nn
 
 import mipprune
 from mipprune.calibration import Windows
-from mipprune.models import find_blocks, prunable_layers
-from mipprune.prune import all_layers
+from mipprune.models import all_layers, find_blocks, prunable_layers
 from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, solve
 
 WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")

@@ -9,8 +9,7 @@ import mipprune
 from mipprune import Allocation, LayerStep, layer, time_budget
 from mipprune.calibration import Windows
 from mipprune.defaults import BEST_IN_TIME, Method, chosen_method
-from mipprune.models import find_blocks
-from mipprune.prune import all_layers
+from mipprune.models import all_layers, find_blocks
 from mipprune.ranks import Ranks
 from mipprune.time_budget import TimeBudget, parse_seconds
 from solvers import InvalidInput, MaskProblem, PerRow, Status, solve
