@@ -204,8 +204,8 @@ def main() -> None:
     options.add_argument("--methods", help="semicolon-separated; all by default")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--samples", type=int, default=64, help="calibration windows")
-    options.add_argument("--evaluate", type=int, default=128, help="evaluation windows")
-    options.add_argument("--rounds", type=int, default=30, help="timed forwards per model")
+    options.add_argument("--evaluate", type=int, default=64, help="evaluation windows")
+    options.add_argument("--rounds", type=int, default=12, help="timed forwards per model")
     options.add_argument("--prove", type=float, default=60.0, help="seconds per block; 0: not")
     options.add_argument("--resume", action="store_true", help="keep what a run before measured")
     arguments = options.parse_args()
@@ -259,6 +259,8 @@ def main() -> None:
     if removals and arguments.rounds:
         record["forward"] = forward_seconds(removals, evaluation, arguments.rounds)
         print(json.dumps(record["forward"]))
+    found = record["removals"]
+    record["removals"] = {name: found[name] for name in REMOVALS if name in found}
     write(arguments.out, "structured", record)
     plot(record, arguments.out / "structured.png")
 
