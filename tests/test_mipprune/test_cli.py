@@ -97,7 +97,7 @@ def test_a_sparsity_that_cannot_be_shared_out_is_said(run, tmp_path):
     assert record["settings"]["allocation"] is None
     refused = [*prune[:-1], tmp_path / "b", "--allocate", "integer_program", "--sparsity", "0.97"]
     code, _, errors = run(*refused)
-    assert code == 1
+    assert code == 2
     assert "needs bounds" in errors
 
 
