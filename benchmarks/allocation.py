@@ -17,14 +17,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import draw, parser, write
+from common import draw, write
 from matplotlib.figure import Figure
-from study import WINDOW, Yardstick, load, summary
+from yardstick import (
+    WINDOW,
+    Yardstick,
+    draw_points,
+    load,
+    model_parser,
+    resumed,
+    summary,
+    windows_for,
+)
 
 import mipprune
 from mipprune import Allocation, LayerStep
-from mipprune.calibration import Windows, cut_windows, read_texts
+from mipprune.calibration import Windows
 from mipprune.placement import Placement
 from mipprune.rules import Rules
 from mipprune.settings import Settings
@@ -106,38 +114,22 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 2.6 * len(record["runs"])), layout="constrained")
     panels = figure.subplots(len(record["runs"]), 2, squeeze=False, sharey="row")
     for row, (run, methods) in zip(panels, record["runs"].items(), strict=True):
-        names = list(methods)[::-1]
-        for axes, key, label in zip(
-            row, ("perplexity", "kl"), ("perplexity (dotted: dense)", "KL to dense"), strict=True
+        for axes, key, dense, label in (
+            (row[0], "perplexity", record["dense_perplexity"], "perplexity (dotted: dense)"),
+            (row[1], "kl", None, "KL to dense"),
         ):
-            summaries = [methods[name]["summary"] for name in names]
-            means = [one[key] for one in summaries]
-            errors = [one.get(f"{key}_error", 0.0) for one in summaries]
-            axes.errorbar(means, range(len(names)), xerr=errors, fmt="o", capsize=3)
-            axes.set_yticks(range(len(names)), names)
+            draw_points(axes, methods, key, list(methods), dense)
             axes.set_xlabel(label)
             axes.set_title(run)
-            axes.grid(axis="x", alpha=0.3)
-        row[0].axvline(record["dense_perplexity"], color="grey", linestyle=":")
     draw(figure, path)
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = model_parser(__doc__, samples=24, evaluate=32)
     options.add_argument("--sparsity", type=float, default=0.6)
-    options.add_argument("--methods", help="semicolon-separated; the first three by default")
     options.add_argument("--runs", help="semicolon-separated; both by default")
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--samples", type=int, default=24, help="calibration windows")
-    options.add_argument("--evaluate", type=int, default=32, help="evaluation windows")
-    options.add_argument("--resume", action="store_true", help="keep what a run before measured")
     arguments = options.parse_args()
-    tokenizer = mipprune.load_model("embedded", torch.device("cpu")).tokenizer
-
-    def windows(side: Any, count: int, seed: int) -> Windows:
-        source, texts = read_texts(None, side)
-        return cut_windows(texts, source, tokenizer, WINDOW, count, seed)
-
+    windows = windows_for()
     evaluation = windows("evaluation", arguments.evaluate, 0)
     yard = Yardstick(evaluation, Windows(evaluation.tokens[:8], evaluation.source))
     settings = {
@@ -147,13 +139,7 @@ def main() -> None:
         "samples": arguments.samples,
         "evaluation_windows": len(evaluation.tokens),
     }
-    record: dict[str, Any] = {**settings, "runs": {}}
-    before = arguments.out / "allocation.json"
-    if arguments.resume and before.is_file():
-        record = json.loads(before.read_text())
-        if any(record[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{before} was measured with other settings; choose another --out.")
-        del record["machine"]
+    record = resumed(arguments.out / "allocation.json", settings, "runs", arguments.resume)
     methods = arguments.methods.split(";") if arguments.methods else list(FIRST)
     chosen = arguments.runs.split(";") if arguments.runs else list(RUNS)
     for seed in range(arguments.seeds):

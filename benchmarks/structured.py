@@ -26,12 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import draw, parser, write
+from common import draw, write
 from matplotlib.figure import Figure
-from study import WINDOW, Yardstick, load, summary
+from yardstick import (
+    WINDOW,
+    Yardstick,
+    draw_points,
+    load,
+    model_parser,
+    resumed,
+    summary,
+    windows_for,
+)
 
 import mipprune
-from mipprune.calibration import Windows, cut_windows, read_texts
+from mipprune.calibration import Windows
 from mipprune.capture import forward
 from mipprune.structured import Method
 
@@ -180,41 +189,21 @@ def plot(record: dict[str, Any], path: Path) -> None:
     if not record["removals"]:
         return
     panels = figure.subplots(1, len(record["removals"]), squeeze=False, sharey=True)[0]
-    names = [name for name in METHODS if any(name in r for r in record["removals"].values())][::-1]
+    names = [name for name in METHODS if any(name in r for r in record["removals"].values())]
     for axes, (removal, results) in zip(panels, record["removals"].items(), strict=True):
-        there = [name for name in names if name in results]
-        axes.errorbar(
-            [results[name]["summary"]["perplexity"] for name in there],
-            [names.index(name) for name in there],
-            xerr=[results[name]["summary"].get("perplexity_error", 0.0) for name in there],
-            fmt="o",
-            capsize=3,
-        )
-        axes.axvline(record["dense_perplexity"], color="grey", linestyle=":")
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        draw_points(axes, results, "perplexity", names, record["dense_perplexity"])
         axes.set_title(f"{removal} removed", fontsize=9)
         axes.set_xlabel("perplexity (dotted: dense)", fontsize=8)
-        axes.grid(axis="x", alpha=0.3)
     draw(figure, path)
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = model_parser(__doc__, samples=64, evaluate=64)
     options.add_argument("--removals", default=",".join(REMOVALS), help="separated by commas")
-    options.add_argument("--methods", help="semicolon-separated; all by default")
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--samples", type=int, default=64, help="calibration windows")
-    options.add_argument("--evaluate", type=int, default=64, help="evaluation windows")
     options.add_argument("--rounds", type=int, default=12, help="timed forwards per model")
     options.add_argument("--prove", type=float, default=60.0, help="seconds per block; 0: not")
-    options.add_argument("--resume", action="store_true", help="keep what a run before measured")
     arguments = options.parse_args()
-    tokenizer = mipprune.load_model("embedded", torch.device("cpu")).tokenizer
-
-    def windows(side: Any, count: int, seed: int) -> Windows:
-        source, texts = read_texts(None, side)
-        return cut_windows(texts, source, tokenizer, WINDOW, count, seed)
-
+    windows = windows_for()
     evaluation = windows("evaluation", arguments.evaluate, 0)
     yard = Yardstick(evaluation, evaluation)
     same = yard.measure_outputs(load_as_smollm())
@@ -229,13 +218,7 @@ def main() -> None:
         "evaluation_windows": len(evaluation.tokens),
     }
     print(json.dumps(settings))
-    record: dict[str, Any] = {**settings, "removals": {}}
-    before = arguments.out / "structured.json"
-    if arguments.resume and before.is_file():
-        record = json.loads(before.read_text())
-        if any(record[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{before} was measured with other settings; choose another --out.")
-        del record["machine"]
+    record = resumed(arguments.out / "structured.json", settings, "removals", arguments.resume)
     chosen = arguments.methods.split(";") if arguments.methods else list(METHODS)
     removals = [name for name in arguments.removals.split(",") if name]
     for removal in removals:

@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -20,3 +21,20 @@ def embedded():
     from mipprune import load_model
 
     return load_model("embedded", torch.device("cpu"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; its exit code, output and error output."""
+    from mipprune import cli
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["mipprune", *map(str, args)])
+        with pytest.raises(SystemExit) as ending:
+            cli.main()
+        printed = capsys.readouterr()
+        return ending.value.code or 0, printed.out, printed.err
+
+    monkeypatch.setattr(cli, "_out", cli.Console(width=200))
+    monkeypatch.setattr(cli, "_err", cli.Console(width=200, stderr=True))
+    return run

@@ -8,26 +8,9 @@ import torch
 
 import mipprune
 from mipprune import cli
-from mipprune.cli import main
 from solvers import MaskProblem, PerLayer, PerRow, solve
 
 FAST = ["--samples", "4", "--seqlen", "64"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process; its exit code, output and error output."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["mipprune", *map(str, args)])
-        with pytest.raises(SystemExit) as ending:
-            main()
-        printed = capsys.readouterr()
-        return ending.value.code or 0, printed.out, printed.err
-
-    monkeypatch.setattr(cli, "_out", cli.Console(width=200))
-    monkeypatch.setattr(cli, "_err", cli.Console(width=200, stderr=True))
-    return run
 
 
 def test_prune_then_evaluate(run, tmp_path):

@@ -1,6 +1,5 @@
 import itertools
 import json
-import sys
 
 import pytest
 import torch
@@ -9,9 +8,8 @@ from models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 import mipprune
-from mipprune import InvalidInput, Method, Windows, cli, shrink
+from mipprune import InvalidInput, Method, Windows, shrink
 from mipprune.capture import forward
-from mipprune.cli import main
 from mipprune.placement import FromHost
 from mipprune.structured.coupling import find_structure, group_count
 
@@ -340,21 +338,7 @@ def test_structure_is_found_without_weights():
     assert mlp.parts == {"mlp.gate_up_proj.weight": 0, "mlp.down_proj.weight": 1}
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["mipprune", *map(str, args)])
-        with pytest.raises(SystemExit) as ending:
-            main()
-        printed = capsys.readouterr()
-        return ending.value.code or 0, printed.out, printed.err
-
-    monkeypatch.setattr(cli, "_out", cli.Console(width=200))
-    monkeypatch.setattr(cli, "_err", cli.Console(width=200, stderr=True))
-    return command
-
-
-def test_command(command, tmp_path):
+def test_command(run, tmp_path):
     out = tmp_path / "smaller"
     text = tmp_path / "text.txt"
     text.write_text(
@@ -362,7 +346,7 @@ def test_command(command, tmp_path):
     )
     fast = ["--samples", "4", "--seqlen", "64"]
     calibrated = [*fast, "--calibration", text]
-    code, printed, _ = command(
+    code, printed, _ = run(
         "shrink", "embedded", "--neurons", "0.25", "--multiple-of", "32", "--out", out, *calibrated
     )
     assert code == 0
@@ -373,20 +357,20 @@ def test_command(command, tmp_path):
     dense = mipprune.embedded.MODEL_PATH / "model.safetensors"
     assert (out / "model.safetensors").stat().st_size < 0.9 * dense.stat().st_size
     assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == record["parameters_after"]
-    code, printed, _ = command(
+    code, printed, _ = run(
         "evaluate", out, "--against", "embedded", *fast, "--text", text, "--save"
     )
     assert code == 0
     assert "perplexity" in (out / "README.md").read_text()
     for other in ("report", "certify"):
-        code, _, errors = command(other, out)
+        code, _, errors = run(other, out)
         assert code == 2
         assert "made smaller" in errors
-    code, _, errors = command("shrink", "embedded", "--neurons", "0.25", "--out", out, *calibrated)
+    code, _, errors = run("shrink", "embedded", "--neurons", "0.25", "--out", out, *calibrated)
     assert code == 2
     assert "exists already" in errors
     missing = tmp_path / "none"
-    code, _, errors = command(
+    code, _, errors = run(
         "shrink", "embedded", "--kv-groups", "1.25", "--out", missing, *calibrated
     )
     assert code == 2
