@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/mipprune demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # What depends on transformers, with the oldest version that is supported.
 test-oldest: .venv-oldest/installed

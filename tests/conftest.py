@@ -5,6 +5,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU unless told otherwise
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # one thread per worker: threads that wait for each other spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings

@@ -61,10 +61,10 @@ def test_a_window_that_does_not_fit_ends_the_run():
 def limited(monkeypatch, rows):
     search = Swap._search
 
-    def limited(self, problem, *args):
-        if problem.shape[0] > rows:
+    def limited(self, asked):
+        if asked.problem.shape[0] > rows:
             raise torch.OutOfMemoryError("out of memory")
-        return search(self, problem, *args)
+        return search(self, asked)
 
     monkeypatch.setattr(Swap, "_search", limited)
 

@@ -98,7 +98,7 @@ def test_every_search_is_limited_and_all_together_take_the_budget(clock, monkeyp
 
 def test_where_no_solver_is_named_one_goes_on_searching():
     nothing = (None, None, None, None)
-    assert chosen_method(*nothing, more_said=False, in_time=True) is BEST_IN_TIME
+    assert chosen_method(*nothing, more_said=False, in_time=True) == BEST_IN_TIME
     assert chosen_method(*nothing, more_said=True, in_time=True).solver == "chain"
     assert chosen_method(None, "gain", None, None, more_said=False, in_time=True) == Method(
         "chain", "gain"
