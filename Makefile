@@ -15,13 +15,13 @@ test: .venv/installed
 
 # What depends on transformers, with the oldest version that is supported.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(addprefix tests/test_mipprune/test_, \
+	.venv-oldest/bin/python -m pytest -n auto --dist loadfile $(addprefix tests/test_mipprune/test_, \
 		models.py capture.py experts.py gram.py placement.py prune.py job.py checkpoint.py masks.py \
 		evaluate.py fuzz.py)
 
 # The part of it that says whether every family is captured and pruned.
 test-oldest-families: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(addprefix tests/test_mipprune/test_, \
+	.venv-oldest/bin/python -m pytest -n auto --dist loadfile $(addprefix tests/test_mipprune/test_, \
 		models.py capture.py prune.py) -k "family or families or replay or covered"
 
 # Optional extras, each with the packages that it wants, in an environment of its own.
