@@ -154,6 +154,10 @@ def _proven(
     size = float(rows.size[row])
     witness = Witness.near(program, multipliers.scaled(size))
     bound = witness.bound(program)
+    if bound < 0:  # too little time: the loss itself, which is convex, is above zero
+        plain = Witness.near(program, Multipliers.zero(program.inputs))
+        if (plain_bound := plain.bound(program)) > bound:
+            witness, bound = plain, plain_bound
     return Bounded(
         bound=bound,
         witness=witness,

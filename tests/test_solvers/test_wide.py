@@ -191,3 +191,12 @@ def test_bad_options():
     problem = make_problem(1, 8, PerRow(sparsity=0.5))
     with pytest.raises(InvalidInput, match="batch and wide_from"):
         solve(problem, "semidefinite", batch=0)
+
+
+def test_without_time_a_bound_is_that_of_the_convex_loss():
+    problem = make_problem(3, 64, PerRow(sparsity=0.6), "rank deficient", seed=3)
+    solution = solve(problem, "semidefinite", wide_from=1, rounds=1, row_seconds=1e-6)
+    assert solution.bound is not None
+    assert (solution.bound > -1e-6 * solution.objective).all()
+    for verified in check(problem, solution.certificates):
+        assert verified.bound <= float(verified.objective)
