@@ -133,12 +133,14 @@ def table(pattern: str, dense: float, results: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Perplexity of every method, with one standard error over the seeds."""
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    panels = figure.subplots(1, len(record["patterns"]), squeeze=False)[0]
-    for axes, (pattern, results) in zip(panels, record["patterns"].items(), strict=True):
-        draw_points(axes, results, "perplexity", list(results), record["dense_perplexity"])
-        axes.set_xlabel("perplexity (dotted: dense)")
-        axes.set_title(pattern)
+    patterns = record["patterns"]
+    names = [name for name in METHODS if any(name in results for results in patterns.values())]
+    figure = Figure(figsize=(3 + 2.2 * len(patterns), 5.5), layout="constrained")
+    panels = figure.subplots(1, len(patterns), sharey=True, squeeze=False)[0]
+    for axes, (pattern, results) in zip(panels, patterns.items(), strict=True):
+        draw_points(axes, results, "perplexity", names, record["dense_perplexity"])
+        axes.set_title(pattern, fontsize=9)
+    figure.supxlabel("perplexity (dotted: dense)", fontsize=9)
     draw(figure, path)
 
 
