@@ -31,6 +31,7 @@ def embedded():
 def run(monkeypatch, capsys):
     """Run the command line in this process; its exit code, output and error output."""
     from mipprune import cli
+    from mipprune.cli import terminal
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["mipprune", *map(str, args)])
@@ -39,6 +40,6 @@ def run(monkeypatch, capsys):
         printed = capsys.readouterr()
         return ending.value.code or 0, printed.out, printed.err
 
-    monkeypatch.setattr(cli, "_out", cli.Console(width=200))
-    monkeypatch.setattr(cli, "_err", cli.Console(width=200, stderr=True))
+    monkeypatch.setattr(terminal, "out", terminal.Console(width=200))
+    monkeypatch.setattr(terminal, "err", terminal.Console(width=200, stderr=True))
     return run

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mipprune
-from mipprune import cli
+from mipprune.cli.options import parse_options, parse_pattern
 from solvers import MaskProblem, PerLayer, PerRow, solve
 
 FAST = ["--samples", "4", "--seqlen", "64"]
@@ -419,5 +419,5 @@ def test_importing_is_light():
 
 
 def test_pattern_parsing():
-    assert cli.parse_pattern(0.5, None, "layer") == PerLayer(sparsity=0.5)
-    assert cli.parse_options(["a=1", "b=x", "c=true"]) == {"a": 1, "b": "x", "c": True}
+    assert parse_pattern(0.5, None, "layer") == PerLayer(sparsity=0.5)
+    assert parse_options(["a=1", "b=x", "c=true"]) == {"a": 1, "b": "x", "c": True}

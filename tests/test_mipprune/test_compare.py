@@ -1,12 +1,11 @@
 import json
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from helpers import make_problem, optimum
 
-from mipprune import cli
+from mipprune.cli import terminal
 from mipprune.compare import Comparison, compare, part
 from mipprune.report import compare_plot
 from solvers import (
@@ -29,19 +28,10 @@ PNG = b"\x89PNG"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run, monkeypatch):
     """Run ``mipprune compare`` in this process; its exit code, output and error output."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["mipprune", "compare", *map(str, args)])
-        with pytest.raises(SystemExit) as ending:
-            cli.main()
-        printed = capsys.readouterr()
-        return ending.value.code or 0, printed.out, printed.err
-
-    monkeypatch.setattr(cli, "_out", cli.Console(width=100))
-    monkeypatch.setattr(cli, "_err", cli.Console(width=200, stderr=True))
-    return run
+    monkeypatch.setattr(terminal, "out", terminal.Console(width=100))
+    return lambda *args: run("compare", *args)
 
 
 @pytest.fixture
