@@ -72,6 +72,9 @@ def child(what: str, model: str, arguments: argparse.Namespace) -> dict[str, Any
 
     from mipprune.calibration import Windows
     from mipprune.job import plan_job, prune_to_folder
+    from mipprune.opening import Source
+    from mipprune.rules import Rules
+    from mipprune.settings import Settings
     from solvers import PerRow
 
     if what == "write":
@@ -79,21 +82,19 @@ def child(what: str, model: str, arguments: argparse.Namespace) -> dict[str, Any
     random = torch.Generator().manual_seed(0)
     size = arguments.windows, arguments.length
     windows = Windows(torch.randint(2048, size, generator=random), "random tokens")
-    settings: dict[str, Any] = {
-        "calibration": windows,
-        "pattern": PerRow(sparsity=0.6),
-        "solver": arguments.solver,
-        "device": "cpu",
-        "stream": model != "embedded",
-        "samples": arguments.windows,
-        "seqlen": arguments.length,
-    }
+    settings = Settings(
+        Rules(PerRow(sparsity=0.6)),
+        arguments.solver,
+        samples=arguments.windows,
+        seqlen=arguments.length,
+    )
+    source = Source(model, "cpu", stream=model != "embedded")
     if what == "plan":
-        found = plan_job(model, **settings)
+        found = plan_job(source, windows, settings)
         return {"peak_bytes": found.peak, "phases": found.phases, "seconds": found.seconds}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
-        report = prune_to_folder(model, Path(scratch) / "pruned", **settings)
+        report = prune_to_folder(source, Path(scratch) / "pruned", windows, settings)
         assert report is not None
         parameters = sum(file.stat().st_size for file in Path(scratch).rglob("*.safetensors"))
     return {

@@ -64,17 +64,21 @@ def in_a_process(what: str, run: str) -> dict[str, Any]:
 def child(what: str, run: str) -> dict[str, Any]:
     from mipprune.job import plan_job, prune_to_folder
     from mipprune.layer_step import LayerStep
+    from mipprune.opening import Source
+    from mipprune.rules import Rules
+    from mipprune.settings import Settings
     from solvers import PerRow
 
-    settings = {**RUNS[run], "calibration": None, "pattern": PerRow(sparsity=0.6), "device": "cpu"}
-    update = "least_squares" if settings.pop("update", False) else "none"
-    settings["layer_step"] = LayerStep(update=update)  # type: ignore[arg-type]
+    options = dict(RUNS[run])
+    step = LayerStep(update="least_squares" if options.pop("update", False) else "none")
+    settings = Settings(Rules(PerRow(sparsity=0.6)), layer_step=step, **options)
+    source = Source("embedded", "cpu")
     if what == "plan":
-        found = plan_job("embedded", **settings)
+        found = plan_job(source, None, settings)
         return {"peak_bytes": found.peak, "seconds": found.seconds}
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
-        prune_to_folder("embedded", Path(scratch) / "pruned", **settings)
+        prune_to_folder(source, Path(scratch) / "pruned", None, settings)
         return {"peak_bytes": peak_memory(), "seconds": time.perf_counter() - began}
 
 

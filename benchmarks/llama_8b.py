@@ -23,6 +23,9 @@ from mipprune.calibration import Windows
 from mipprune.job import prune_to_folder
 from mipprune.models import resolve_device
 from mipprune.observer import Observer
+from mipprune.opening import Source
+from mipprune.rules import Rules
+from mipprune.settings import Settings
 from solvers import MaskProblem, PerRow, solve
 
 
@@ -74,15 +77,15 @@ def main() -> None:
         phases = Phases(device)
         began = time.perf_counter()
         report = prune_to_folder(
-            str(source),
+            Source(str(source), str(device), stream=arguments.stream),
             Path(scratch) / "pruned",
             Windows(tokens, "random tokens"),
-            PerRow(sparsity=0.6),
-            arguments.solver,
-            device=str(device),
-            stream=arguments.stream,
-            samples=arguments.samples,
-            seqlen=arguments.seqlen,
+            Settings(
+                Rules(PerRow(sparsity=0.6)),
+                arguments.solver,
+                samples=arguments.samples,
+                seqlen=arguments.seqlen,
+            ),
             observer=phases,
         )
         phases.phase("end")

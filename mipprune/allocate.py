@@ -92,6 +92,8 @@ class Allocation:
         InvalidInput
             It says what to leave out.
         """
+        if self.method == "uniform":
+            return
         default = rules.default
         if not isinstance(default, (PerRow, PerLayer)) or default.sparsity is None:
             raise InvalidInput(
@@ -104,7 +106,8 @@ class Allocation:
                 f"'{rules.rules[0][0]}'; leave --rule or --allocate out (--ignore and --only do "
                 "with both)."
             )
-        self._bounds(default.sparsity)
+        if self.method == "integer_program":
+            self._bounds(default.sparsity)
 
     def _bounds(self, sparsity: float) -> tuple[float, float]:
         low = max(STEP, sparsity - REACH) if self.low is None else self.low
@@ -129,13 +132,13 @@ class Allocation:
             How the run prunes a layer; None measures by "swap".
         """
         self.check(rules)
+        if self.method == "uniform":
+            return rules
         default = rules.default
         assert isinstance(default, (PerRow, PerLayer))
         assert default.sparsity is not None
         sparsity = default.sparsity
         scope: Scope = "row" if isinstance(default, PerRow) else "layer"
-        if self.method == "uniform":
-            return rules
         if self.method == "owl":
             return owl(outlier_ratios(walk), sparsity, scope=scope, ignore=rules.ignore)
         low, high = self._bounds(sparsity)

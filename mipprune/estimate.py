@@ -93,7 +93,7 @@ def plan(
         Seconds that were spent on what a run does too: reading the model and the text.
     """
     few = -(-_SAMPLE_TOKENS // windows.tokens.shape[1])
-    first = _FirstBlock.run(placement, windows.tokens[: min(few, settings.batch_size)])
+    first = _FirstBlock.run(placement, windows.tokens[: min(few, settings.windows_at_once)])
     seconds = before + _seconds(first, placement, windows, settings)
     shapes = [tuple(layer.weight.shape) for layer in first.layers]
     blocks, (count, length) = len(placement.blocks), windows.tokens.shape
@@ -232,7 +232,7 @@ def _memory(
     masks = prunable / 8
     vocabulary = getattr(placement.model.config, "vocab_size", 0)
     widest = max(rows + inputs for rows, inputs in shapes)
-    batch = settings.batch_size * length * (widest + 4 * first.hidden.shape[-1]) * item
+    batch = settings.windows_at_once * length * (widest + 4 * first.hidden.shape[-1]) * item
     squares = sum(len(gram.matrix) ** 2 for gram in first.grams.values())
     largest = max(first.grams.values(), key=lambda gram: len(gram.matrix), default=None)
     d = 0 if largest is None else len(largest.matrix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,13 @@ from torch import nn
 
 from solvers import InvalidInput, MaskProblem, Pattern, PerLayer
 
-from .allocate import Allocation
 from .budget import shape_of
 from .calibration import Windows, check_tokens, read_windows, window_length
-from .choice import Choice
 from .environment import environment
 from .estimate import choose_batch
 from .held_out import Judged, split_windows, together
 from .journal import NO_JOURNAL, Journal
 from .layer import LayerSolver, check_layer
-from .layer_step import LayerStep
 from .masks import StartMasks
 from .models import Coverage, all_layers, coverage, find_blocks
 from .observer import Observer
@@ -29,7 +27,7 @@ from .placement import Placement
 from .ranks import ALONE, Ranks
 from .record import PruneReport
 from .rules import Rules
-from .settings import Grams, Settings
+from .settings import Settings
 from .share_out import feasible, shared_out
 from .time_budget import NOTE, TimeBudget
 from .walk import HOST_BYTES, BlockWalk
@@ -40,83 +38,47 @@ if TYPE_CHECKING:
 
 def prune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     calibration: str | Windows | None,
     pattern: Pattern | Rules,
     solver: str = "swap",
     start: str | StartMasks | None = None,
     *,
-    samples: int = 128,
-    seqlen: int = 2048,
-    batch_size: int | None = None,
-    grams: Grams = "pruned",
-    seed: int = 0,
     blocks: str | None = None,
-    solver_options: dict[str, Any] | None = None,
-    token_cache: str | Path | None = None,
-    layer_step: LayerStep | None = None,
-    allocation: Allocation | None = None,
-    time_budget: float | None = None,
-    held_out: float | None = None,
-    choice: Choice | None = None,
     placement: Placement | None = None,
-    journal: Journal = NO_JOURNAL,
+    token_cache: str | Path | None = None,
     host_bytes: float = HOST_BYTES,
     ranks: Ranks = ALONE,
     observer: Observer | None = None,
+    **options: Any,
 ) -> PruneReport:
     """Prune a causal language model in place, block by block.
 
     Parameters
     ----------
     model, tokenizer
-        From transformers; the model stays on its device.
+        From transformers; the model stays on its device. Ready windows need no tokenizer.
     calibration
         A text source (see `read_windows`; None is Python's documentation) or ready windows.
     pattern
         Sparsity pattern of every layer, or rules that give each layer its own or none. Embeddings
         and language-model head stay dense.
     solver, start
-        Names out of `solvers.available`; a start of None leaves it to the solver. `CURRENT` starts
-        from the weights that are not zero, which have to follow the pattern. A run may also start
-        from masks, each moved to the nearest of its layer's pattern.
-    samples, seqlen
-        Calibration windows and tokens in each (at most the model's positions).
-    batch_size
-        Windows per forward; None chooses by the device's free memory.
-    grams
-        "pruned": a block's inputs come from the pruned blocks before it; "dense": from the
-        unpruned model.
-    seed
-        Of the windows and of the solver.
+        See `Settings`.
     blocks
         Name of the module list of blocks, where it is not found by itself.
-    solver_options
-        The solver's own options. Solvers that take the inputs' ``mean`` are given it.
-    token_cache
-        Folder of token files, see `read_windows`.
-    layer_step
-        How masks are judged and weights updated after them; None for the plain layer loss and
-        weights as they are.
-    allocation
-        Shares out the pattern's sparsity among the layers; None gives it to every layer.
-    time_budget
-        Seconds for the run as a whole, see `TimeBudget`; None lets every search end by itself. A
-        resumed run has the unfinished layers' part of it.
-    held_out
-        Share of the calibration windows that is kept apart; what layers lose on it is recorded.
-    choice
-        An option of which every layer takes the value of least held-out loss.
     placement
         Where the weights are, if not all on one device.
-    journal
-        Remembers finished layers, so that an interrupted run goes on from there.
+    token_cache
+        Folder of token files, see `read_windows`.
     host_bytes
         Activations beyond this wait on disk.
     ranks
         The processes that share the run, if there are several.
     observer
         Told about progress.
+    **options
+        The other fields of `Settings`: samples, seqlen, layer_step, allocation and so on.
 
     Raises
     ------
@@ -124,55 +86,104 @@ def prune(
         If a name, the text or the model cannot be worked with. Checks come before the first
         weight is changed, but for activations that overflow and patterns that do not fit.
     """
+    return run(
+        placement or Placement(model, blocks),
+        tokenizer,
+        calibration,
+        Settings(Rules.of(pattern), solver, start, **options),
+        token_cache=token_cache,
+        host_bytes=host_bytes,
+        ranks=ranks,
+        observer=observer,
+    )
+
+
+def settled(
+    settings: Settings,
+    placement: Placement,
+    ranks: Ranks = ALONE,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Settings:
+    """Settings with nothing left open that depends on the model.
+
+    The batch size is what the device's free memory allows; an optional allocation that cannot be
+    followed is dropped.
+
+    Raises
+    ------
+    InvalidInput
+        If rules name no layer, or an allocation that is not optional cannot be followed.
+    """
+    batch_size = settings.batch_size
+    if batch_size is None:
+        fitting = choose_batch(placement, window_length(placement.model.config, settings.seqlen))
+        batch_size = min(ranks.gather_objects(fitting))
+    layers = all_layers(placement.blocks_name, placement.blocks)
+    settings.rules.check(layer.name for layer in layers)
+    allocation = feasible(settings.allocation, settings.rules, placement, warn)
+    return replace(settings, batch_size=batch_size, allocation=allocation)
+
+
+def run(
+    placement: Placement,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: str | Windows | None,
+    settings: Settings,
+    *,
+    token_cache: str | Path | None = None,
+    journal: Journal = NO_JOURNAL,
+    host_bytes: float = HOST_BYTES,
+    ranks: Ranks = ALONE,
+    observer: Observer | None = None,
+) -> PruneReport:
+    """Prune a model in place, wherever its weights are.
+
+    Parameters
+    ----------
+    placement
+        Holds the model.
+    tokenizer, calibration, token_cache, host_bytes, ranks, observer
+        As of `prune`.
+    settings
+        What is to be done.
+    journal
+        Remembers finished layers, so that an interrupted run goes on from there.
+
+    Raises
+    ------
+    InvalidInput
+        As `prune` does.
+    """
     observer = observer or Observer()
     began = time.perf_counter()
-    placement = placement or Placement(model, blocks)
-    if batch_size is None:
-        fitting = choose_batch(placement, window_length(model.config, seqlen))
-        batch_size = min(ranks.gather_objects(fitting))
-    rules = pattern if isinstance(pattern, Rules) else Rules(pattern)
-    layers = all_layers(placement.blocks_name, placement.blocks)
-    rules.check(layer.name for layer in layers)
-    allocation = feasible(allocation, rules, placement, observer.warning)
-    settings = Settings(
-        rules,
-        solver,
-        start,
-        solver_options or {},
-        grams,
-        samples,
-        seqlen,
-        batch_size,
-        seed,
-        layer_step or LayerStep(),
-        allocation,
-        time_budget,
-        held_out,
-        choice,
-    )
-    if time_budget is not None and ranks.size > 1:
+    model = placement.model
+    settings = settled(settings, placement, ranks, observer.warning)
+    if settings.time_budget is not None and ranks.size > 1:
         raise InvalidInput(
             "Several processes would each end a search at another point; a time budget is for one."
         )
     covered = coverage(placement.blocks_name, placement.blocks, model)
-    chosen = [layer for layer in layers if rules.pattern_for(layer.name) is not None]
+    layers = all_layers(placement.blocks_name, placement.blocks)
+    chosen = [layer for layer in layers if settings.rules.pattern_for(layer.name) is not None]
     for layer in chosen:
         check_layer(layer, settings)
     model.eval()
     observer.begin(len(placement.blocks), sum(layer.weight.numel() for layer in chosen))
     observer.phase("calibration text")
-    windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed, token_cache)
+    windows = calibration_windows(
+        model, tokenizer, calibration, settings.samples, settings.seqlen, settings.seed, token_cache
+    )
     given, apart = len(windows.tokens), None
-    if held_out is not None:
-        windows, apart = split_windows(windows, held_out)
+    if settings.held_out is not None:
+        windows, apart = split_windows(windows, settings.held_out)
 
     def captured(windows: Windows) -> BlockWalk:
         observer.phase("replay check and capture")
         return BlockWalk(
             placement,
             windows.tokens,
-            settings.batch_size,
-            propagate=grams == "pruned",
+            settings.windows_at_once,
+            propagate=settings.grams == "pruned",
             host_bytes=host_bytes,
             ranks=ranks,
             warn=observer.warning,
@@ -188,32 +199,31 @@ def prune(
         warnings=_notes(settings, covered, given, windows.tokens.shape[1]),
     )
     finished = ranks.gather_objects(journal.begin(report))[0]
-    if allocation is not None:
-        allocated = finished.rules
-        if allocated is None:
+    if settings.allocation is not None:
+        rules = finished.rules
+        if rules is None:
             del walk  # its activations make room for those of the dense pass
-            allocated = shared_out(
+            rules = shared_out(
                 settings, placement, windows,
                 host_bytes=host_bytes, ranks=ranks, observer=observer,
             )  # fmt: skip
-            journal.allocate(allocated)
+            journal.allocate(rules)
             walk = captured(windows)
-        rules = allocated
         settings = replace(settings, rules=rules)
         report.settings["rules"] = rules.to_dict()
     budget = None
-    if time_budget is not None:
+    if settings.time_budget is not None:
         shapes = {layer.name: shape_of(layer) for layer in chosen}
         passed = time.perf_counter() - began
-        budget = TimeBudget.going_on(time_budget, passed, shapes, finished.names)
+        budget = TimeBudget.going_on(settings.time_budget, passed, shapes, finished.names)
     solve_layer = Judged(
         [LayerSolver(one, ranks, observer.warning, budget) for one in settings.candidates()],
-        choice,
+        settings.choice,
     )
     walk_apart = None if apart is None else captured(apart)
-    for step, step_apart in together(walk, walk_apart, grams == "pruned"):
+    for step, step_apart in together(walk, walk_apart, settings.grams == "pruned"):
         for layer in step.layers:
-            if rules.pattern_for(layer.name) is None:
+            if settings.rules.pattern_for(layer.name) is None:
                 continue
             pruned = finished.get(layer)
             if pruned is None:
@@ -265,7 +275,7 @@ def _notes(settings: Settings, covered: Coverage, windows: int, length: int) -> 
 
 def calibration_windows(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     calibration: str | Windows | None,
     samples: int,
     seqlen: int,

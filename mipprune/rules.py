@@ -101,6 +101,11 @@ class Rules:
         )
 
     @classmethod
+    def of(cls, pattern: Pattern | Rules) -> Rules:
+        """Rules as they are; a pattern for every layer."""
+        return pattern if isinstance(pattern, Rules) else cls(pattern)
+
+    @classmethod
     def of_settings(cls, settings: dict[str, Any]) -> Rules:
         """The rules of a run, out of its record's settings."""
         if "rules" in settings:

@@ -22,7 +22,39 @@ CURRENT = "current"
 
 @dataclass(frozen=True)
 class Settings:
-    """The choices that decide a run's masks. Field by field as in `mipprune.prune`.
+    """The choices that decide a run's masks and weights.
+
+    Parameters
+    ----------
+    rules
+        The layers' sparsity patterns.
+    solver, start
+        Names out of `solvers.available`; a start of None leaves it to the solver. `CURRENT` starts
+        from the weights that are not zero, which have to follow the pattern. A run may also start
+        from masks, each moved to the nearest of its layer's pattern.
+    solver_options
+        The solver's own options. Solvers that take the inputs' ``mean`` are given it.
+    grams
+        "pruned": a block's inputs come from the pruned blocks before it; "dense": from the
+        unpruned model.
+    samples, seqlen
+        Calibration windows and tokens in each (at most the model's positions).
+    batch_size
+        Windows per forward; None leaves it to the device's free memory.
+    seed
+        Of the windows and of the solver.
+    layer_step
+        How masks are judged and weights updated after them; by default the plain layer loss, and
+        weights stay as they are.
+    allocation
+        Shares out the pattern's sparsity among the layers; None gives it to every layer.
+    time_budget
+        Seconds for the run as a whole, see `TimeBudget`; None lets every search end by itself. A
+        resumed run has the unfinished layers' part of it.
+    held_out
+        Share of the calibration windows that is kept apart; what layers lose on it is recorded.
+    choice
+        An option of which every layer takes the value of least held-out loss.
 
     Raises
     ------
@@ -37,7 +69,7 @@ class Settings:
     grams: Grams = "pruned"
     samples: int = 128
     seqlen: int = 2048
-    batch_size: int = 8
+    batch_size: int | None = None
     seed: int = 0
     layer_step: LayerStep = field(default_factory=LayerStep)
     allocation: Allocation | None = None
@@ -73,7 +105,7 @@ class Settings:
         self.candidates()
         if self.grams not in ("pruned", "dense"):
             raise InvalidInput(f"Grams are taken from 'pruned' or 'dense', not '{self.grams}'.")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise InvalidInput(f"batch_size={self.batch_size} runs nothing; give at least 1.")
 
     def candidates(self) -> list[Settings]:
@@ -88,6 +120,12 @@ class Settings:
             replace(self, layer_step=step, solver_options=options, choice=None)
             for step, options in applied
         ]
+
+    @property
+    def windows_at_once(self) -> int:
+        """The batch size, which is settled before a run begins."""
+        assert self.batch_size is not None, "the batch size is settled by now"
+        return self.batch_size
 
     @property
     def solvers(self) -> list[str]:

@@ -24,7 +24,8 @@ from .settings import Settings
 from .walk import HOST_BYTES
 
 MOST_LAYERS = 1000
-"""An optional allocation leaves models with more layers alone: each costs several forwards."""
+"""An optional allocation that costs several forwards of the model for every layer leaves models
+with more layers alone."""
 
 
 def feasible(
@@ -55,13 +56,16 @@ def feasible(
 
 def _check(allocation: Allocation, rules: Rules, placement: Placement) -> None:
     allocation.check(rules)
+    if not allocation.forwards:
+        return
     layers = all_layers(placement.blocks_name, placement.blocks)
-    if allocation.optional and len(layers) > MOST_LAYERS:
+    pruned = sum(rules.pattern_for(layer.name) is not None for layer in layers)
+    if allocation.optional and pruned > MOST_LAYERS:
         raise InvalidInput(
-            f"An allocation takes several forwards of the model for each of {len(layers)} layers; "
+            f"An allocation takes several forwards of the model for each of {pruned} layers; "
             "--allocate integer_program does so nevertheless."
         )
-    if allocation.forwards and isinstance(placement, FromFolder):
+    if isinstance(placement, FromFolder):
         raise InvalidInput(
             "An allocation by integer program runs the whole model several times for every layer, "
             "which is too slow for one that is read block by block; give --no-stream, or "
@@ -87,7 +91,7 @@ def shared_out(
         placement,
         windows,
         settings.rules,
-        settings.batch_size,
+        settings.windows_at_once,
         host_bytes=host_bytes,
         ranks=ranks,
         observer=observer,

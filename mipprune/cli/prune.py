@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -152,11 +152,13 @@ def prune(
     from ..job import plan_job, prune_to_folder
     from ..layer_step import LayerStep
     from ..masks import parse_start
+    from ..opening import Source
     from ..progress import LineObserver, Observers, progress, run_log
     from ..ranks import is_first_process
     from ..recipe import recipe_text
     from ..report import layer_table, plan_table
     from ..rules import Rules, parse_rule
+    from ..settings import Settings
     from ..surrogate import Surrogate
     from ..time_budget import parse_seconds
 
@@ -174,37 +176,51 @@ def prune(
         shareable=sparsity is not None and not rule,
     )  # fmt: skip
     recipe = {**recipe_of(context), **method.options()}
-    arguments: dict[str, Any] = {
-        "calibration": calibration,
-        "pattern": rules,
-        "solver": method.solver,
-        "start": parse_start(start),
-        "device": device,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "stream": stream,
-        "blocks": blocks,
-        "samples": samples,
-        "seqlen": seqlen,
-        "batch_size": batch_size,
-        "grams": grams,
-        "seed": seed,
-        "solver_options": parse_options(option or []),
-        "token_cache": token_cache,
-        "layer_step": LayerStep(
+    source = Source(
+        model,
+        device,
+        dtype,  # type: ignore[arg-type] # checked when it is read
+        trust_remote_code,
+        stream,
+        blocks,
+    )
+    allocation = None
+    if method.allocate not in (None, "uniform"):
+        allocation = Allocation(method.allocate, optional=allocate is None)  # type: ignore[arg-type]
+    settings = Settings(
+        rules,
+        method.solver,
+        parse_start(start),
+        solver_options=parse_options(option or []),
+        grams=grams,  # type: ignore[arg-type] # checked there
+        samples=samples,
+        seqlen=seqlen,
+        batch_size=batch_size,
+        seed=seed,
+        layer_step=LayerStep(
             Surrogate(shrink=method.shrink, centre=method.centre),
             method.update,  # type: ignore[arg-type] # checked there
         ),
-        "allocation": method.allocate and Allocation(method.allocate, optional=allocate is None),  # type: ignore[arg-type]
-        "time_budget": None if time_budget is None else parse_seconds(time_budget),
-        "held_out": held_out,
-        "choice": None if choose is None else Choice.parse(choose),
-    }
+        allocation=allocation,
+        time_budget=None if time_budget is None else parse_seconds(time_budget),
+        held_out=held_out,
+        choice=None if choose is None else Choice.parse(choose),
+    )
     quiet_transformers()
     if dry_run:
         with terminal.err.status("") as status:
-            terminal.out.print(plan_table(plan_job(model, observer=phases(status), **arguments)))
-        if method.allocate not in (None, "uniform"):
+            terminal.out.print(
+                plan_table(
+                    plan_job(
+                        source,
+                        calibration,
+                        settings,
+                        token_cache=token_cache,
+                        observer=phases(status),
+                    )
+                )
+            )
+        if allocation is not None:
             terminal.out.print(
                 "Besides, the allocation: about three times as long by integer_program, one pass "
                 "over the dense model by owl."
@@ -228,7 +244,14 @@ def prune(
             observers.append(LineObserver(terminal.err))
         watched = Observers(*observers)
         report = prune_to_folder(
-            model, out, resume=resume, recipe=recipe, observer=watched, **arguments
+            source,
+            out,
+            calibration,
+            settings,
+            token_cache=token_cache,
+            resume=resume,
+            recipe=recipe,
+            observer=watched,
         )
         if run_events is not None and report is not None:
             run_events.event(

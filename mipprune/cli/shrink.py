@@ -95,6 +95,7 @@ def shrink(
     config: Config = None,  # noqa: ARG001 (taken up by its callback)
 ) -> None:
     """Remove MLP neurons and attention groups: a smaller model that loads like any other."""
+    from ..opening import Source
     from ..report import shrink_table
     from ..structured.choice import Method
     from ..structured.job import shrink_to_folder
@@ -107,10 +108,17 @@ def shrink(
         parse_options(option or []),
         time_limit,
     )
+    source = Source(
+        model,
+        device,
+        dtype,  # type: ignore[arg-type] # checked when it is read
+        trust_remote_code,
+        blocks=blocks,
+    )
     quiet_transformers()
     with terminal.err.status("") as status:
         report = shrink_to_folder(
-            model,
+            source,
             out,
             calibration,
             neurons=neurons,
@@ -122,11 +130,7 @@ def shrink(
             samples=samples,
             seqlen=seqlen,
             batch_size=batch_size,
-            device=device,
-            dtype=dtype,  # type: ignore[arg-type] # checked there
-            trust_remote_code=trust_remote_code,
             seed=seed,
-            blocks=blocks,
             token_cache=token_cache,
             recipe=recipe_of(context),
             observer=phases(status),

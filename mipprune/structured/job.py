@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import check_new
-from ..job import open_model
-from ..models import resolve_device
 from ..observer import Observer
+from ..opening import Source
 from .report import ShrinkReport, save_smaller
 from .shrink import shrink
 
 if TYPE_CHECKING:
     from ..calibration import Windows
-    from ..models import DType
 
 
 def shrink_to_folder(
-    source: str,
+    source: Source,
     out: str | Path,
     calibration: str | Windows | None,
     *,
-    device: str = "auto",
-    dtype: DType = "auto",
-    trust_remote_code: bool = False,
-    blocks: str | None = None,
     recipe: dict[str, Any] | None = None,
     observer: Observer | None = None,
     **settings: Any,
@@ -34,9 +29,8 @@ def shrink_to_folder(
 
     Parameters
     ----------
-    source, device, dtype, trust_remote_code, blocks
-        See `mipprune.job.open_model`. The model is held in memory as a whole; on a GPU, one block
-        at a time visits it.
+    source
+        The model. It is held in memory as a whole; on a GPU, one block at a time visits it.
     out
         Appears when everything is written.
     calibration, **settings
@@ -53,16 +47,8 @@ def shrink_to_folder(
     """
     observer = observer or Observer()
     check_new(out)
-    observer.phase(f"reading {source}")
-    opened = open_model(
-        source,
-        resolve_device(device),
-        dtype,
-        trust_remote_code=trust_remote_code,
-        stream=False,
-        blocks=blocks,
-        warn=observer.warning,
-    )
+    observer.phase(f"reading {source.model}")
+    opened = replace(source, stream=False).open(warn=observer.warning)
     shrunk = shrink(
         opened.model,
         opened.tokenizer,
@@ -73,9 +59,9 @@ def shrink_to_folder(
     )
     report = shrunk.report
     report.settings.update(
-        model=source,
+        model=source.model,
         calibration=calibration if isinstance(calibration, str) else None,
-        dtype=dtype,
+        dtype=source.dtype,
     )
     report.recipe = recipe or {}
     observer.phase("writing")

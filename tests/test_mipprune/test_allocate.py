@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from mipprune.job import prune_to_folder
 from mipprune.journal import FileJournal
 from mipprune.loss_curves import LossCurve, Option, loss_curves
 from mipprune.models import all_layers, find_blocks
+from mipprune.opening import Source
 from mipprune.owl import BlockOutliers, outlier_ratios, owl
 from mipprune.placement import FromHost, Placement
 from mipprune.rules import Rules
 from mipprune.settings import Settings
-from mipprune.share_out import shared_out
+from mipprune.share_out import feasible, shared_out
 from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, solve
 from solvers.knapsack import choose
 
@@ -255,6 +257,18 @@ def test_blocks_that_visit_the_device_give_the_same_curves():
     assert visiting == loss_curves(walk_of(tiny_model("llama")), 0.5, [0.5])
 
 
+def test_an_optional_allocation_leaves_large_models_alone(monkeypatch):
+    monkeypatch.setattr("mipprune.share_out.MOST_LAYERS", 7)
+    placement, said = Placement(tiny_model("llama")), []
+    optional = Allocation(optional=True)
+    assert feasible(optional, HALF, placement, said.append) is None
+    assert "each of 21 layers" in said[0]
+    assert feasible(Allocation(), HALF, placement) is not None
+    assert feasible(Allocation("owl", optional=True), HALF, placement) is not None
+    few = Rules(PerRow(sparsity=0.5), only=("*.0.*",))  # the seven layers of one block
+    assert feasible(optional, few, placement) is not None
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A tiny model's folder; its tokenizer is another model's and not used."""
@@ -265,8 +279,9 @@ def source(tmp_path_factory):
 
 
 def test_an_interrupted_run_goes_on_with_the_rules_it_had(source, tmp_path, monkeypatch):
-    pattern, settings = PerRow(sparsity=0.5), {"allocation": Allocation(), **SIZE}
-    whole = prune_to_folder(source, tmp_path / "whole", WINDOWS, pattern, **settings)
+    settings = Settings(HALF, allocation=Allocation(), **SIZE)
+    model = Source(source)
+    whole = prune_to_folder(model, tmp_path / "whole", WINDOWS, settings)
     finish = FileJournal.finish
 
     def crash(self, layer, pruned):
@@ -276,52 +291,28 @@ def test_an_interrupted_run_goes_on_with_the_rules_it_had(source, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(FileJournal, "finish", crash)
         with pytest.raises(KeyboardInterrupt):
-            prune_to_folder(source, tmp_path / "out", WINDOWS, pattern, **settings)
+            prune_to_folder(model, tmp_path / "out", WINDOWS, settings)
+    other = replace(settings, allocation=Allocation("owl"))
     with pytest.raises(InvalidInput, match=r"'allocation\.method' is 'owl' now"):
-        prune_to_folder(
-            source,
-            tmp_path / "out",
-            WINDOWS,
-            pattern,
-            resume=True,
-            allocation=Allocation("owl"),
-            **SIZE,
-        )
+        prune_to_folder(model, tmp_path / "out", WINDOWS, other, resume=True)
     with monkeypatch.context() as patch:
         patch.setattr(Allocation, "rules", None)  # they are in the journal
-        resumed = prune_to_folder(
-            source, tmp_path / "out", WINDOWS, pattern, resume=True, **settings
-        )
+        resumed = prune_to_folder(model, tmp_path / "out", WINDOWS, settings, resume=True)
     assert resumed.mask_hash == whole.mask_hash
     records = [(tmp_path / name / "mipprune.json").read_bytes() for name in ("whole", "out")]
     assert records[0] == records[1]
 
 
 def test_weights_that_are_streamed_do_with_owl_alone(source, tmp_path):
-    settings = {"solver": "wanda", **SIZE}
+    settings = Settings(HALF, "wanda", allocation=Allocation("owl"), **SIZE)
     found = [
-        prune_to_folder(
-            source,
-            tmp_path / f"{stream}",
-            WINDOWS,
-            PerRow(sparsity=0.5),
-            stream=stream,
-            allocation=Allocation("owl"),
-            **settings,
-        )
+        prune_to_folder(Source(source, stream=stream), tmp_path / f"{stream}", WINDOWS, settings)
         for stream in (False, True)
     ]
     assert found[0].mask_hash == found[1].mask_hash
+    by_program = replace(settings, allocation=Allocation())
     with pytest.raises(InvalidInput, match="give --no-stream, or --allocate owl"):
-        prune_to_folder(
-            source,
-            tmp_path / "not",
-            WINDOWS,
-            PerRow(sparsity=0.5),
-            stream=True,
-            allocation=Allocation(),
-            **settings,
-        )
+        prune_to_folder(Source(source, stream=True), tmp_path / "not", WINDOWS, by_program)
     assert not list(tmp_path.glob("not*"))
 
 

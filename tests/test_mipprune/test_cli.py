@@ -78,6 +78,9 @@ def test_a_sparsity_that_cannot_be_shared_out_is_said(run, tmp_path):
     assert "All layers get the same sparsity." in errors
     record = json.loads((tmp_path / "a" / "mipprune.json").read_text())
     assert record["settings"]["allocation"] is None
+    assert run("prune", "--config", tmp_path / "a" / "recipe.yaml", "--out", tmp_path / "c")[0] == 0
+    again = json.loads((tmp_path / "c" / "mipprune.json").read_text())
+    assert again["mask_hash"] == record["mask_hash"]
     refused = [*prune[:-1], tmp_path / "b", "--allocate", "integer_program", "--sparsity", "0.97"]
     code, _, errors = run(*refused)
     assert code == 2

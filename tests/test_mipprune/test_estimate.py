@@ -36,7 +36,7 @@ WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")
 def test_a_plan_names_blocks_and_gram_matrices(family, grams):
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = plan(Placement(model), WINDOWS, Settings(Rules(PerRow(sparsity=0.5))))
+    found = plan(Placement(model), WINDOWS, Settings(Rules(PerRow(sparsity=0.5)), batch_size=8))
     assert found.blocks == 3
     assert found.layers == (7 if family == "llama" else 4)
     assert grams.items() <= found.grams.items()
@@ -53,7 +53,7 @@ def test_what_is_not_held_is_not_counted(tmp_path):
     model.save_pretrained(tmp_path)
     empty = build_empty(model.config, torch.float32)
     placement = FromFolder(empty, ModelFolder(tmp_path, empty), torch.device("cpu"), torch.float32)
-    settings = Settings(Rules(NM(2, 4)), samples=8)
+    settings = Settings(Rules(NM(2, 4)), samples=8, batch_size=8)
     found = plan(placement, WINDOWS, settings, host_bytes=0)
     kept = plan(placement, WINDOWS, settings)
     hidden = WINDOWS.tokens.numel() * 32 * 4
@@ -103,7 +103,8 @@ def test_the_time_is_of_the_whole_layer_step(pattern, monkeypatch):
 
 
 def test_the_time_is_told_with_its_range(tmp_path):
-    table = plan_table(plan(Placement(tiny_model("llama")), WINDOWS, Settings(Rules(NM(2, 4)))))
+    settings = Settings(Rules(NM(2, 4)), batch_size=8)
+    table = plan_table(plan(Placement(tiny_model("llama")), WINDOWS, settings))
     console = Console(width=200, file=io.StringIO())
     console.print(table)
     assert re.search(r"time, about +\d+ s, likely \d+ s to \d+ s", console.file.getvalue())

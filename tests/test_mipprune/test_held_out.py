@@ -14,7 +14,10 @@ from mipprune.html_report import html_report
 from mipprune.job import prune_to_folder
 from mipprune.journal import FileJournal
 from mipprune.models import LoadedModel, all_layers, find_blocks
+from mipprune.opening import Source
 from mipprune.report import layer_table
+from mipprune.rules import Rules
+from mipprune.settings import Settings
 from solvers import InvalidInput, PerRow, updated_loss
 
 WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random")
@@ -115,9 +118,11 @@ def content(folder):
 
 
 def test_resumed_streamed_and_certified(source, tmp_path, monkeypatch):
-    settings = {"choice": SHRINK, "held_out": 0.25, **SIZE}
-    report = prune_to_folder(source, tmp_path / "whole", WINDOWS, HALF, **settings)
-    prune_to_folder(source, tmp_path / "streamed", WINDOWS, HALF, stream=True, **settings)
+    settings = Settings(Rules(HALF), choice=SHRINK, held_out=0.25, **SIZE)
+    whole = Source(source)
+    report = prune_to_folder(whole, tmp_path / "whole", WINDOWS, settings)
+    streamed = Source(source, stream=True)
+    prune_to_folder(streamed, tmp_path / "streamed", WINDOWS, settings)
     finish, left = FileJournal.finish, [4]
 
     def crash(self, layer, pruned):
@@ -129,13 +134,11 @@ def test_resumed_streamed_and_certified(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(FileJournal, "finish", crash)
         with pytest.raises(KeyboardInterrupt):
-            prune_to_folder(source, tmp_path / "resumed", WINDOWS, HALF, **settings)
+            prune_to_folder(whole, tmp_path / "resumed", WINDOWS, settings)
+    other = replace(settings, held_out=0.5)
     with pytest.raises(InvalidInput, match=r"'held_out' is 0\.5 now"):
-        prune_to_folder(
-            source, tmp_path / "resumed", WINDOWS, HALF, resume=True,
-            **{**settings, "held_out": 0.5},
-        )  # fmt: skip
-    prune_to_folder(source, tmp_path / "resumed", WINDOWS, HALF, resume=True, **settings)
+        prune_to_folder(whole, tmp_path / "resumed", WINDOWS, other, resume=True)
+    prune_to_folder(whole, tmp_path / "resumed", WINDOWS, settings, resume=True)
     whole, streamed, resumed = (
         content(tmp_path / name) for name in ("whole", "streamed", "resumed")
     )

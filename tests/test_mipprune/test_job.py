@@ -13,10 +13,13 @@ import mipprune
 from mipprune.calibration import Windows
 from mipprune.checkpoint import TIMINGS_FILE
 from mipprune.folder import NotStreamable
-from mipprune.job import open_model, prune_to_folder
+from mipprune.job import prune_to_folder
 from mipprune.journal import FileJournal
 from mipprune.layer_step import LayerStep
+from mipprune.opening import Source
 from mipprune.placement import FromFolder, Placement
+from mipprune.rules import Rules
+from mipprune.settings import Settings
 from solvers import NM, InvalidInput, PerRow
 
 WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")
@@ -33,8 +36,12 @@ def source(tmp_path_factory):
 
 
 def run(source, out, pattern=None, calibration=WINDOWS, **options):
-    options = {"samples": 8, "batch_size": 3, **options}
-    return prune_to_folder(source, out, calibration, pattern or NM(2, 4), **options)
+    where = {name: options.pop(name) for name in ("stream", "dtype") if name in options}
+    about = {
+        name: options.pop(name) for name in ("resume", "host_bytes", "observer") if name in options
+    }
+    settings = Settings(Rules(pattern or NM(2, 4)), **{"samples": 8, "batch_size": 3, **options})
+    return prune_to_folder(Source(source, **where), out, calibration, settings, **about)
 
 
 def content(folder):
@@ -246,9 +253,9 @@ def test_a_changed_model_is_refused_by_its_layer(source, tmp_path, monkeypatch):
     loaded = mipprune.load_model(source, CPU)
     with torch.no_grad():
         loaded.model.model.layers[0].mlp.gate_proj.weight[0, 0] += 1
-    opened = open_model(source, CPU, stream=False)
+    opened = Source(source, stream=False).open(CPU)
     opened.model.load_state_dict(loaded.model.state_dict())
-    monkeypatch.setattr("mipprune.job.open_model", lambda *_, **__: opened)
+    monkeypatch.setattr(Source, "open", lambda *_, **__: opened)
     with pytest.raises(InvalidInput, match=r"layer model\.layers\.0\.mlp\.gate_proj is not"):
         run(source, tmp_path / "out", resume=True)
 
@@ -301,7 +308,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(source, tmp_path, monkeyp
 
 
 def test_a_run_that_is_refused_leaves_nothing(source, tmp_path):
-    opened = open_model(source, CPU, stream=False)
+    opened = Source(source, stream=False).open(CPU)
     with torch.no_grad():
         opened.model.model.layers[1].mlp.up_proj.weight.fill_(1e30)
     opened.model.save_pretrained(tmp_path / "wild")
@@ -316,19 +323,19 @@ def test_a_run_that_is_refused_leaves_nothing(source, tmp_path):
 
 
 def test_large_models_are_streamed_and_small_ones_are_not(source, monkeypatch):
-    assert type(open_model(source, CPU).placement) is Placement
-    monkeypatch.setattr("mipprune.job.available_memory", lambda: 1000.0)
-    assert isinstance(open_model(source, CPU).placement, FromFolder)
+    assert type(Source(source).open(CPU).placement) is Placement
+    monkeypatch.setattr("mipprune.opening.available_memory", lambda: 1000.0)
+    assert isinstance(Source(source).open(CPU).placement, FromFolder)
 
     def refused(*_):
         raise NotStreamable("The folder stores no weight named x.")
 
-    monkeypatch.setattr("mipprune.job.ModelFolder", refused)
+    monkeypatch.setattr("mipprune.opening.ModelFolder", refused)
     said = []
-    assert type(open_model(source, CPU, warn=said.append).placement) is Placement
+    assert type(Source(source).open(CPU, said.append).placement) is Placement
     assert said == ["The folder stores no weight named x. The whole model is loaded into memory."]
     with pytest.raises(InvalidInput, match=r"no weight named x\. Give --no-stream"):
-        open_model(source, CPU, stream=True)
+        Source(source, stream=True).open(CPU)
 
 
 def test_times_are_apart_from_the_record(source, tmp_path):

@@ -16,7 +16,10 @@ PATTERN = PerRow(sparsity=0.6)
 UPDATES = ["none", "gain", "least_squares", "sparsegpt"]
 
 
-def prune(model, layer_step=None, solver="swap", **options):
+PLAIN = LayerStep()
+
+
+def prune(model, layer_step=PLAIN, solver="swap", **options):
     return mipprune.prune(
         model, None, WINDOWS, PATTERN, solver, samples=8, layer_step=layer_step, **options
     )

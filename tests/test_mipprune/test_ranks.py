@@ -21,7 +21,10 @@ from models import tiny_model, tiny_tokens
 import mipprune
 from mipprune.calibration import Windows
 from mipprune.job import prune_to_folder
+from mipprune.opening import Source
 from mipprune.ranks import ranks_of_environment
+from mipprune.rules import Rules
+from mipprune.settings import Settings
 from solvers import NM, PerLayer, PerRow
 
 torch.set_num_threads(1)
@@ -39,10 +42,9 @@ with ranks_of_environment(torch.device("cpu")) as ranks:
             grams=grams, samples=9, batch_size=2, ranks=ranks,
         )
         records.append((report.mask_hash, [layer.tokens for layer in report.layers]))
-    report = prune_to_folder(
-        sys.argv[2], sys.argv[3], windows, NM(2, 4), "ria", samples=9, batch_size=2, ranks=ranks,
-        stream=True,
-    )
+    settings = Settings(Rules(NM(2, 4)), "ria", samples=9, batch_size=2)
+    source = Source(sys.argv[2], stream=True)
+    report = prune_to_folder(source, sys.argv[3], windows, settings, ranks=ranks)
     records.append((report.mask_hash, report.settings["model"]))
     everyone = ranks.gather_objects(records)
     assert all(one == records for one in everyone)
