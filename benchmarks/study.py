@@ -23,6 +23,7 @@ from yardstick import (
     WINDOW,
     Yardstick,
     draw_points,
+    lead,
     load,
     model_parser,
     resumed,
@@ -86,6 +87,40 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint": {"solver": "joint", "layer_step": _squares()},
     "joint, allocated": {"solver": "joint", "layer_step": _squares(), "allocation": Allocation()},
 }
+
+
+PUBLISHED = ("magnitude", "wanda", "ria", "dsnot", "sparsefw", "sparseswaps", "sparsegpt", "alps")
+
+
+def updates(name: str) -> bool:
+    """Whether a method changes the weights that it keeps."""
+    step = METHODS[name].get("layer_step")
+    return step is not None and not step.keeps_weights
+
+
+def leads(results: dict[str, Any]) -> dict[str, Any]:
+    """How much less perplexity and KL our best has than each published method, seed by seed.
+
+    Among masks alone, and among methods that change weights too; ours is the one with the least KL
+    divergence.
+    """
+    found = {}
+    for kind, changed in (("masks", False), ("weights", True)):
+        there = [name for name in results if updates(name) == changed]
+        own = [name for name in there if name not in PUBLISHED]
+        if not own:
+            continue
+        best = min(own, key=lambda name: float(results[name]["summary"]["kl"]))
+        runs = results[best]["runs"]
+        found[kind] = {
+            "ours": best,
+            "over": {
+                name: {key: lead(runs, results[name]["runs"], key) for key in ("perplexity", "kl")}
+                for name in there
+                if name in PUBLISHED
+            },
+        }
+    return found
 
 
 def run(
@@ -188,6 +223,7 @@ def main() -> None:
             write(arguments.out, arguments.name, record)
         in_order = {name: results[name] for name in METHODS if name in results}
         record["patterns"][str(pattern)] = in_order
+        record.setdefault("leads", {})[str(pattern)] = leads(in_order)
         print(table(str(pattern), yard.perplexity, in_order))
     write(arguments.out, arguments.name, record)
     plot(record, arguments.out / f"{arguments.name}.png")
