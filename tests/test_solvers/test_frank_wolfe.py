@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, Linear, MaskProblem, PerLayer, PerRow, Status, solve
-from solvers.frank_wolfe import _Product, _shift
+from solvers.frank_wolfe.batch import Product
+from solvers.frank_wolfe.doubt import shift_of
 
 PATTERNS = [PerRow(sparsity=0.6), NM(keep=2, group=4), PerLayer(sparsity=0.6)]
 EDGES = [PerRow(keep=0), PerRow(keep=8), PerRow(keep=1), PerLayer(keep=0), PerLayer(keep=16)]
@@ -108,7 +109,7 @@ def test_the_steps_agree(pattern, dtype):
 @pytest.mark.parametrize(("dtype", "bits"), [*zip(DTYPES, [53, 24, 11, 8], strict=True)])
 def test_products_are_as_exact_as_their_dtype(dtype, bits):
     problem = make_problem(5, 32, PerRow(sparsity=0.5), seed=7)
-    product = _Product(problem.gram, dtype)
+    product = Product(problem.gram, dtype)
     error = (product(problem.weight) - problem.weight @ problem.gram).abs()
     size = problem.weight.abs() @ problem.gram.abs()
     assert 2.0 ** -(bits + 8) < float((error / size).max()) or dtype == "float64"
@@ -205,7 +206,7 @@ def test_shift_makes_a_matrix_semidefinite(d, seed, least):
         return
     scale = gram.diagonal().rsqrt()
     lowest = float(torch.linalg.eigvalsh(gram * scale * scale[:, None])[0])
-    shift = _shift(gram)
+    shift = shift_of(gram)
     assert lowest + shift >= 0
     assert shift <= 20 * max(-lowest, 1e-12)
 

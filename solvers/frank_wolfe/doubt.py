@@ -1,0 +1,55 @@
+"""What rounding, an indefinite Gram matrix and an inexact oracle may add to a bound."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pattern import CellPattern
+from .batch import Batch
+
+_ORACLE_ERROR = 1e-9
+"""How much of the largest cost an oracle that is not a selection may be off by."""
+
+
+def doubt_of(batch: Batch, gradient: Tensor, vertex: Tensor) -> Tensor:
+    """What rounding, an indefinite Gram matrix and the oracle may add to the bound, ``[rows]``.
+
+    Rounding: sums of ``d`` products, estimated with ``|G_ij| <= sqrt(G_ii G_jj)``. Gram matrix:
+    with ``C`` its correlation form and ``C >= -shift``, ``(m - z)^T Q (m - z)`` is at least
+    ``-shift * sum_j w_j^2 G_jj (m_j - z_j)^2``, and the largest such sum over all masks is linear
+    in ``m``.
+    """
+    rows, z = batch.rows, batch.z
+    size = rows.weight.abs() * rows.gram.diagonal().sqrt()
+    pruned = (size * (1 - z)).sum(dim=1)
+    move = (z - vertex.double()).abs()
+    moved = (size * move).sum(dim=1)
+    linear = (rows.linear.abs() * (1 - z + move)).sum(dim=1)
+    unit = torch.finfo(torch.float64).eps * (z.shape[1] + 8)
+    doubt = 4 * unit * (pruned**2 + 2 * pruned * moved + linear)
+    tilt = size**2 * (1 - 2 * z)
+    farthest = batch.lmo(-tilt).double()
+    doubt += shift_of(rows.gram) * (size**2 * (farthest - z) ** 2).sum(dim=1)
+    if not isinstance(batch.pattern, CellPattern):
+        doubt += _ORACLE_ERROR * gradient.abs().amax()
+    return doubt
+
+
+def shift_of(gram: Tensor) -> float:
+    """A number such that the correlation form of ``gram`` plus it is positive semi-definite.
+
+    A Cholesky factorisation that succeeds proves it up to ``d (d + 1) eps`` (Higham, theorem 10.3).
+    """
+    d = len(gram)
+    diagonal = gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    correlation = gram * scale * scale[:, None]
+    error = 2 * d * (d + 1) * torch.finfo(torch.float64).eps
+    shift = error
+    while True:
+        shifted = correlation.clone()
+        shifted.diagonal().add_(shift)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            return shift + error
+        shift *= 8
