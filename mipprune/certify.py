@@ -37,7 +37,7 @@ from .placement import Placement
 from .prune import calibration_windows
 from .results import read_record, write_results
 from .rules import Rules
-from .surrogate import Inputs
+from .stages import Stages
 from .walk import BlockWalk
 
 FOLDER = "certificates"
@@ -63,7 +63,7 @@ class LayerCertificate:
         Summed over these rows, by what masks were judged by; no mask of the pattern loses less
         than the bound on them (with a shared budget: that keeps as many weights in these rows).
     gap, gap_margin
-        ``(loss - bound) / loss``, and the half width of its 95 % confidence interval for the
+        ``(loss - bound) / |loss|``, and the half width of its 95 % confidence interval for the
         whole layer (ratio estimate; 0 for all rows, None for a single one).
     mean_row_gap, margin
         Mean of the rows' gaps, and the half width of its 95 % confidence interval for the whole
@@ -156,13 +156,15 @@ def certify(
     placement = Placement(model.model, settings["blocks"])
     recorded = {layer["name"]: layer for layer in record["layers"]}
     observer.begin(len(placement.blocks), len(recorded))
+    run_step, results = _layer_step(settings), []
     walk = BlockWalk(
         placement,
         windows.tokens,
         settings["batch_size"],
-        propagate=settings["grams"] == "pruned",
+        propagate=settings["grams"] != "dense",
+        stages=Stages() if settings["grams"] == "sequential" else None,
+        targets=run_step.surrogate.dense_targets > 0,
     )
-    run_step, results = _layer_step(settings), []
     for step in walk:
         pruned = [layer for layer in step.layers if layer.name in patterns]
         for at, layer in enumerate(pruned):
@@ -170,17 +172,17 @@ def certify(
             observer.phase(layer.name.removeprefix(f"{placement.blocks_name}."))
             mask = masks[layer.name]
             gram = step.grams.gram(layer)
-            inputs = Inputs(gram.matrix, gram.mean)
             layer_step = step_of_layer(run_step, recorded[layer.name].get("choice"))
-            problem = layer_step.problem(layer.weight, inputs, pattern).to("cpu")
+            aim = layer_step.aim(layer.weight, gram.inputs, layer.bias is not None)
+            problem = aim.problem(pattern).to("cpu")
             found = recorded[layer.name]
             _must_reproduce(layer.name, problem, mask, found.get("surrogate_loss", found["loss"]))
             chosen = _sample(problem.shape[0], rows, (seed, step.index, at))
             result = _certify_layer(folder, layer.name, problem, mask, chosen, row_seconds, seed)
             results.append(result)
             recorded[layer.name]["certificate"] = asdict(result)
-            on_device = mask.to(layer.weight.device)
-            step.prune(layer, mask, layer_step.updated(layer.weight, inputs, on_device))
+            new = aim.updated(mask.to(layer.weight.device))
+            step.prune(layer, mask, new, aim.new_bias(new, layer.bias))
     record["certificate"] = {"rows": rows, "row_seconds": row_seconds, "seed": seed}
     write_json(folder / RECORD_FILE, record)
     write_results(folder, record)
@@ -229,7 +231,7 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
                 f"Layer {name}: the record claims the bound {claimed['bound']:.6g}, "
                 f"but its certificates prove {bound:.6g}."
             )
-        verified[name] = (len(rows), (loss - bound) / loss if loss else 0.0)
+        verified[name] = (len(rows), (loss - bound) / abs(loss) if loss else 0.0)
     return verified
 
 
@@ -313,7 +315,7 @@ def _certify_layer(
     gaps = torch.tensor([row.gap for row in verified], dtype=torch.float64)
     losses = torch.tensor([row.objective for row in verified], dtype=torch.float64)
     bounds = torch.tensor([row.bound for row in verified], dtype=torch.float64)
-    gap = (loss - bound) / loss if loss else 0.0
+    gap = (loss - bound) / abs(loss) if loss else 0.0
     unexplained = (losses - bounds - gap * losses) / losses.mean() if loss else 0.0 * losses
     return LayerCertificate(
         name=name,

@@ -15,6 +15,7 @@ from solvers import InvalidInput
 from .experts import FusedWeight, watched
 from .models import PrunableLayer
 from .ranks import ALONE, Ranks
+from .surrogate import Inputs
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,24 @@ class Gram:
         How many.
     note
         Said if the matrix is not that of its tokens alone; empty otherwise.
+    cross
+        float64 ``[d, d]``, ``E x_dense x^T`` where ``x_dense`` is what the layer would see in the
+        dense model; None if that was not collected.
+    cross_mean
+        float64 ``[d]``, ``E x_dense``; None likewise.
     """
 
     matrix: Tensor
     mean: Tensor
     tokens: int
     note: str = ""
+    cross: Tensor | None = None
+    cross_mean: Tensor | None = None
+
+    @property
+    def inputs(self) -> Inputs:
+        """What masks are judged by."""
+        return Inputs(self.matrix, self.mean, self.cross, self.cross_mean)
 
 
 class GramCollector:
@@ -190,12 +203,16 @@ class _Seen:
 
 
 def _square(x: Tensor) -> Tensor:
-    """``X^T X`` of inputs ``[tokens, d]``, accumulated in float32 ``[d, d]``.
+    """``X^T X`` of inputs ``[tokens, d]``, see `product`."""
+    return product(x, x)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``A^T B`` of inputs ``[tokens, d]``, accumulated in float32 ``[d, d]``.
 
     Products of half-precision numbers are exact in float32, so a GPU may take them on its tensor
     cores at no loss.
     """
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(x.T, x, out_dtype=torch.float32)
-    x = x.float()
-    return x.T @ x
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a.T, b, out_dtype=torch.float32)
+    return a.float().T @ b.float()

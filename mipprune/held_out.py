@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from solvers import InvalidInput, updated_loss
+from solvers import InvalidInput
 
 from .calibration import Windows
 from .choice import Choice
 from .gram import Gram
-from .layer import LayerSolver
+from .layer import LayerSolver, loss_as_written
 from .models import PrunableLayer
 from .record import PrunedLayer
 from .walk import BlockStep, BlockWalk
@@ -94,10 +94,12 @@ class Judged:
 
 
 def _judged(layer: PrunableLayer, pruned: PrunedLayer, apart: Gram) -> PrunedLayer:
-    masked = layer.weight.masked_fill(~pruned.mask.to(layer.weight.device), 0.0)
-    before = float(updated_loss(layer.weight, apart.matrix, masked).sum())
-    after = before
-    if pruned.weight is not None:
-        after = float(updated_loss(layer.weight, apart.matrix, pruned.weight).sum())
-    result = replace(pruned.result, held_out_loss=before, held_out_updated_loss=after)
+    mask = pruned.mask.to(layer.weight.device)
+    masked = layer.weight.masked_fill(~mask, 0.0)
+    new = masked if pruned.weight is None else pruned.weight
+    result = replace(
+        pruned.result,
+        held_out_loss=loss_as_written(layer, apart, masked, None),
+        held_out_updated_loss=loss_as_written(layer, apart, new, pruned.bias),
+    )
     return replace(pruned, result=result)

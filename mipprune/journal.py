@@ -72,12 +72,10 @@ class Finished:
                 f"The weight of layer {layer.name} is not the one that the interrupted run pruned; "
                 "give the same model to go on with --resume."
             )
-        new = record.get("new")
-        return PrunedLayer(
-            LayerResult(**record["result"]),
-            unpack(record["mask"], record["result"]["inputs"]),
-            None if new is None else torch.from_numpy(new),
-        )
+        arrays = (record.get("new"), record.get("bias"))
+        weight, bias = (None if one is None else torch.from_numpy(one) for one in arrays)
+        mask = unpack(record["mask"], record["result"]["inputs"])
+        return PrunedLayer(LayerResult(**record["result"]), mask, weight, bias)
 
 
 class Journal:
@@ -145,9 +143,10 @@ class FileJournal(Journal):
 
         about = {"result": asdict(pruned.result), "weight": weight_digest(layer.weight)}
         arrays: dict[str, Any] = {"mask": pack(pruned.mask)}
-        if pruned.weight is not None:  # exact: float32 holds every number of the smaller types
-            wide = pruned.weight if pruned.weight.dtype == torch.float64 else pruned.weight.float()
-            arrays["new"] = wide.cpu().contiguous().numpy()
+        for name, tensor in (("new", pruned.weight), ("bias", pruned.bias)):
+            if tensor is not None:  # exact: float32 holds every number of the smaller types
+                wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+                arrays[name] = wide.cpu().contiguous().numpy()
         self._append(save(arrays, {"about": json.dumps(about)}))
 
     def close(self) -> None:

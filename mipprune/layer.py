@@ -19,7 +19,6 @@ from solvers import (
     Status,
     get_solver,
     solve,
-    updated_loss,
 )
 
 from .errors import OutOfMemory
@@ -29,7 +28,7 @@ from .models import PrunableLayer
 from .ranks import ALONE, Ranks
 from .record import REFERENCE, LayerResult, PrunedLayer
 from .settings import CURRENT, Settings
-from .surrogate import Inputs
+from .surrogate import output_change
 from .time_budget import TimeBudget
 
 _ZERO_TOKENS = "saw no calibration token: pruned by magnitude"
@@ -114,11 +113,10 @@ class LayerSolver:
         began = time.perf_counter()
         settings, step = self._settings, self._settings.layer_step
         pattern = check_layer(layer, settings)
-        inputs = Inputs(gram.matrix, gram.mean)
-        plain = MaskProblem(layer.weight, gram.matrix, pattern)
-        problem = plain
-        if not step.surrogate.plain:
-            problem = step.problem(layer.weight, inputs, pattern)
+        aim = step.aim(layer.weight, gram.inputs, layer.bias is not None)
+        plain = problem = aim.problem(pattern)
+        if not aim.plain:
+            plain = MaskProblem(layer.weight, gram.matrix, pattern)
         note, start = gram.note, None
         if gram.tokens == 0:
             note = _ZERO_TOKENS
@@ -129,9 +127,8 @@ class LayerSolver:
             if "mean" in get_solver(settings.solver).options():
                 options = {"mean": gram.mean, **options}
             solution = self._solve_in_time(layer.name, problem, start, options)
-        weight = None
-        if not step.keeps_weights:
-            weight = step.updated(layer.weight, inputs, solution.mask)
+        new = aim.updated(solution.mask)
+        bias = aim.new_bias(new, layer.bias)
         seconds = time.perf_counter() - began
 
         by_plain_loss = problem is plain
@@ -146,8 +143,8 @@ class LayerSolver:
         else:
             reference = float(solve(plain, REFERENCE).objective.sum())
         after = loss
-        if weight is not None:
-            after = float(updated_loss(layer.weight, gram.matrix, weight).sum())
+        if not step.keeps_weights or bias is not None:
+            after = loss_as_written(layer, gram, new, bias)
         energy = float(plain.output_energy().sum())
         rows, columns = plain.shape
         result = LayerResult(
@@ -168,7 +165,7 @@ class LayerSolver:
             stats=solution.stats,
             note=note,
         )
-        return PrunedLayer(result, solution.mask, weight)
+        return PrunedLayer(result, solution.mask, None if step.keeps_weights else new, bias)
 
     def _start(self, layer: PrunableLayer, problem: MaskProblem) -> Tensor | None:
         start = self._settings.start
@@ -242,6 +239,14 @@ class LayerSolver:
         return solve(
             part, settings.solver, start=begin, time_limit=limit, seed=settings.seed, **options
         )
+
+
+def loss_as_written(layer: PrunableLayer, gram: Gram, weight: Tensor, bias: Tensor | None) -> float:
+    """Squared change of a layer's own output by a new weight and perhaps a new bias."""
+    shift = None
+    if bias is not None and layer.bias is not None:
+        shift = bias.double() - layer.bias.double()
+    return output_change(layer.weight, weight, gram.matrix, gram.mean, shift)
 
 
 def _joined(parts: Sequence[MaskSolution], device: torch.device) -> MaskSolution:

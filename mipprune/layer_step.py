@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from solvers import (
@@ -16,9 +17,67 @@ from solvers import (
     unbiased_gain,
 )
 
-from .surrogate import Inputs, Surrogate
+from .surrogate import Inputs, Surrogate, centred_inputs, retargeted, towards
 
 Update = Literal["none", "gain", "least_squares", "sparsegpt"]
+Bias = Literal["none", "existing"]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A layer's task, as `LayerStep.aim` states it.
+
+    Attributes
+    ----------
+    step
+        Without what the other attributes have taken in.
+    weight
+        Whose outputs the pruned layer is to give, ``[rows, d]``: its own, or one for other targets.
+    inputs
+        Statistics to judge by.
+    dtype
+        Of the layer.
+    plain
+        Whether masks are judged by the layer loss as it is.
+    bias
+        Where the bias takes up means: the mean output wanted and the mean input; else None.
+    """
+
+    step: LayerStep
+    weight: Tensor
+    inputs: Inputs
+    dtype: torch.dtype
+    plain: bool = True
+    bias: tuple[Tensor, Tensor] | None = None
+
+    def problem(self, pattern: Pattern) -> MaskProblem:
+        """The problem whose solution is the layer's mask."""
+        return self.step.surrogate.problem(self.weight, self.inputs, pattern)
+
+    def updated(self, mask: Tensor) -> Tensor:
+        """The layer's new weight, zero where the mask prunes; in the layer's dtype."""
+        step, weight, gram = self.step, self.weight, self.inputs.gram
+        if not bool(gram.any()):  # a layer that saw nothing: there is nothing to make up for
+            new = weight.masked_fill(~mask, 0.0)
+        elif step.update == "gain":
+            share, cross = step.surrogate.dense_targets, None
+            if share > 0:
+                cross = towards(self.inputs, share)
+            new = unbiased_gain(weight, gram, mask, cross)
+        elif step.update == "least_squares":
+            new = LeastSquares(damping=step.update_damping)(weight, gram, mask)
+        elif step.update == "sparsegpt":
+            new = SparseGPTUpdate(damping=step.update_damping)(weight, gram, mask)
+        else:
+            new = weight.masked_fill(~mask, 0.0)
+        return new.to(self.dtype)
+
+    def new_bias(self, new: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The bias beside a new weight, ``[rows]`` in its own dtype; None if it stays."""
+        if self.bias is None or bias is None:
+            return None
+        wanted, mean = self.bias
+        return (bias.double() + wanted - new.double() @ mean).to(bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -34,14 +93,26 @@ class LayerStep:
         "least_squares" (`LeastSquares`: the best weights on the support); "sparsegpt"
         (`SparseGPTUpdate`). All take the plain statistics, whatever masks are judged by.
     update_damping
-        Of the last two, in units of the mean diagonal of the Gram matrix.
+        Of the last two, in units of the mean diagonal of the Gram matrix; and of `retargeted`.
+    bias
+        "existing": a layer's bias, if it has one, takes up the mean of what was removed, and masks
+        and weights are chosen by the centred Gram matrix; "none": biases stay.
+
+    Notes
+    -----
+    Dense targets (`Surrogate.dense_targets`) become another weight to approximate where kept
+    weights are fitted anew, so that every solver takes them; else they are the masks' linear term.
+    A layer without `Inputs.cross` has its own outputs for targets.
     """
 
     surrogate: Surrogate = field(default_factory=Surrogate)
     update: Update = "none"
     update_damping: float = 1e-2
+    bias: Bias = "none"
 
     def __post_init__(self) -> None:
+        if self.bias not in get_args(Bias):
+            raise InvalidInput(f"Bias '{self.bias}' is none of {', '.join(get_args(Bias))}.")
         if self.update not in get_args(Update):
             raise InvalidInput(
                 f"Weight update '{self.update}' is none of {', '.join(get_args(Update))}."
@@ -53,23 +124,39 @@ class LayerStep:
         """Whether the kept weights stay as they are."""
         return self.update == "none"
 
-    def problem(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> MaskProblem:
-        """The problem whose solution is the layer's mask."""
-        return self.surrogate.problem(weight, inputs, pattern)
+    @property
+    def targets_by_masks(self) -> bool:
+        """Whether dense targets are the masks' business alone, by their linear term."""
+        return self.surrogate.dense_targets > 0 and self.update in ("none", "gain")
 
-    def updated(self, weight: Tensor, inputs: Inputs, mask: Tensor) -> Tensor:
-        """The layer's new weight, zero where the mask prunes; in the weight's dtype."""
-        gram = inputs.gram
-        if not bool(gram.any()):  # a layer that saw nothing: there is nothing to make up for
-            return weight.masked_fill(~mask, 0.0)
-        cross = inputs.cross if self.surrogate.dense_targets else None
-        if self.update == "gain":
-            return unbiased_gain(weight, gram, mask, cross)
-        if self.update == "least_squares":
-            return LeastSquares(damping=self.update_damping)(weight, gram, mask, cross)
-        if self.update == "sparsegpt":
-            return SparseGPTUpdate(damping=self.update_damping)(weight, gram, mask)
-        return weight.masked_fill(~mask, 0.0)
+    def aim(self, weight: Tensor, inputs: Inputs, has_bias: bool = False) -> Aim:
+        """What pruning is to make of a layer with this weight and these inputs."""
+        share, bias = self.surrogate.dense_targets, None
+        if inputs.cross is None:
+            share = 0.0
+        if self.bias == "existing" and has_bias:
+            if inputs.mean is None:
+                raise InvalidInput("What a bias makes up for needs the mean of the inputs.")
+            wanted = inputs.mean
+            if share > 0:
+                assert inputs.cross_mean is not None, "collected with the products"
+                wanted = wanted + share * (inputs.cross_mean - wanted)
+            bias = (weight.double() @ wanted, inputs.mean)
+            inputs = centred_inputs(inputs)
+        target = weight
+        if share > 0 and not self.targets_by_masks:
+            cross = towards(inputs, share)
+            target = retargeted(weight, inputs.gram, cross, self.update_damping)
+            target = target.to(torch.promote_types(weight.dtype, torch.float32))
+            share = 0.0
+        surrogate = replace(
+            self.surrogate,
+            dense_targets=share,
+            centre=0.0 if bias is not None else self.surrogate.centre,
+        )
+        plain = surrogate.plain and target is weight and bias is None
+        step = replace(self, surrogate=surrogate)
+        return Aim(step, target, inputs, weight.dtype, plain, bias)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

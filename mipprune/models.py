@@ -203,9 +203,14 @@ class PrunableLayer:
     expert: int = 0
 
     @property
-    def parameter(self) -> Tensor:
+    def parameter(self) -> nn.Parameter:
         """The model's parameter that holds the weight, with those of other experts or alone."""
         return self.module.get_parameter(self.fused.key if self.fused else "weight")
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The layer's bias ``[outputs]``; None if it has none, or is an expert."""
+        return None if self.fused is not None else self.module._parameters.get("bias")
 
     @property
     def weight(self) -> Tensor:

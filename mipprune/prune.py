@@ -29,6 +29,7 @@ from .record import PruneReport
 from .rules import Rules
 from .settings import Settings
 from .share_out import feasible, shared_out
+from .stages import Stages
 from .time_budget import NOTE, TimeBudget
 from .walk import HOST_BYTES, BlockWalk
 
@@ -177,19 +178,23 @@ def run(
     if settings.held_out is not None:
         windows, apart = split_windows(windows, settings.held_out)
 
-    def captured(windows: Windows) -> BlockWalk:
+    stages = Stages(ranks) if settings.grams == "sequential" else None
+
+    def captured(windows: Windows, targets: bool = False) -> BlockWalk:
         observer.phase("replay check and capture")
         return BlockWalk(
             placement,
             windows.tokens,
             settings.windows_at_once,
-            propagate=settings.grams == "pruned",
+            propagate=settings.grams != "dense",
             host_bytes=host_bytes,
             ranks=ranks,
             warn=observer.warning,
+            stages=stages,
+            targets=targets,
         )
 
-    walk = captured(windows)
+    walk = captured(windows, settings.dense_targets)
     report = PruneReport(
         settings={**settings.to_dict(), "blocks": placement.blocks_name},
         calibration=_about(windows, apart),
@@ -208,7 +213,7 @@ def run(
                 host_bytes=host_bytes, ranks=ranks, observer=observer,
             )  # fmt: skip
             journal.allocate(rules)
-            walk = captured(windows)
+            walk = captured(windows, settings.dense_targets)
         settings = replace(settings, rules=rules)
         report.settings["rules"] = rules.to_dict()
     budget = None
@@ -221,7 +226,7 @@ def run(
         settings.choice,
     )
     walk_apart = None if apart is None else captured(apart)
-    for step, step_apart in together(walk, walk_apart, settings.grams == "pruned"):
+    for step, step_apart in together(walk, walk_apart, settings.grams != "dense"):
         for layer in step.layers:
             if settings.rules.pattern_for(layer.name) is None:
                 continue
@@ -236,7 +241,7 @@ def run(
                 step.grams.release(layer)
                 if step_apart is not None:
                     step_apart.grams.release(layer)
-            step.prune(layer, pruned.mask, pruned.weight)
+            step.prune(layer, pruned.mask, pruned.weight, pruned.bias)
             report.add(pruned)
             observer.layer(step.index, pruned.result)
         observer.phase(f"{step.index}: outputs")

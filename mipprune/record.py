@@ -44,13 +44,17 @@ class LayerResult:
     loss_start
         Of the mask that the solver started from; None for a solver without a start.
     loss
-        Of the mask that was written, with the weights as they were.
+        Of the mask that was written, with the weights as they were; against the layer's own
+        output on the inputs that it saw, as all losses but ``surrogate_loss``.
     updated_loss
-        With the weights as they were written.
+        With the weights and the bias as they were written. With dense targets the layer aims at
+        another output than its own, so that this does not fall as far as it could.
     loss_reference
         Of `REFERENCE`'s mask on the same problem.
     surrogate_loss
-        Of the mask, by what masks were judged by; ``loss`` if that is the plain loss.
+        Of the mask, by what masks were judged by; ``loss`` if that is the plain loss. With dense
+        targets that is the loss of the weight `mipprune.surrogate.retargeted` or, where weights
+        stay, has a linear term and may be negative.
     relative_error
         ``updated_loss`` as a share of the mean square of the dense output.
     status
@@ -155,11 +159,14 @@ class PrunedLayer:
         Bool ``[outputs, inputs]``.
     weight
         Its new weight; None if the kept weights stay as they are.
+    bias
+        Its new bias; None if it has none, or it stays as it is.
     """
 
     result: LayerResult
     mask: Tensor
     weight: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass

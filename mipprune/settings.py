@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from solvers import InvalidInput, get_solver
 from solvers.registry import DEFAULT_START
@@ -14,7 +14,7 @@ from .layer_step import LayerStep
 from .masks import StartMasks
 from .rules import Rules
 
-Grams = Literal["pruned", "dense"]
+Grams = Literal["pruned", "sequential", "dense"]
 
 CURRENT = "current"
 """As a start: the mask of the weights that are not zero, for a model that is sparse already."""
@@ -83,10 +83,7 @@ class Settings:
             object.__setattr__(self, "start", DEFAULT_START)
         for name in self.solvers:
             get_solver(name)
-        if self.layer_step.surrogate.dense_targets:
-            raise InvalidInput(
-                "A run collects no products of dense and pruned inputs; leave them out."
-            )
+        self._check_targets()
         if self.time_budget is not None and not self.time_budget > 0:
             raise InvalidInput(
                 f"A time budget of {self.time_budget} s leaves no time; give a positive number."
@@ -103,10 +100,34 @@ class Settings:
         if self.choice is not None and self.time_budget is not None:
             raise InvalidInput("A time budget is for one search per layer; leave the choice out.")
         self.candidates()
-        if self.grams not in ("pruned", "dense"):
-            raise InvalidInput(f"Grams are taken from 'pruned' or 'dense', not '{self.grams}'.")
+        if self.grams not in get_args(Grams):
+            raise InvalidInput(f"Grams are 'pruned', 'sequential' or 'dense', not '{self.grams}'.")
         if self.batch_size is not None and self.batch_size < 1:
             raise InvalidInput(f"batch_size={self.batch_size} runs nothing; give at least 1.")
+
+    def _check_targets(self) -> None:
+        if not self.dense_targets:
+            return
+        if self.grams == "dense":
+            raise InvalidInput(
+                "With inputs from the dense model a layer's targets are the dense model's anyway; "
+                "leave dense targets out, or the dense Gram matrices."
+            )
+        if self.choice is not None:
+            raise InvalidInput(
+                f"'{self.choice.option}' is chosen by what layers lose of their own output, which "
+                "is not what dense targets aim at; leave one of the two out."
+            )
+        if self.layer_step.targets_by_masks and get_solver(self.solver).ignores_linear:
+            raise InvalidInput(
+                f"Solver '{self.solver}' knows no linear term, which dense targets are where kept "
+                "weights stay; give --update least_squares, or another solver such as swap."
+            )
+
+    @property
+    def dense_targets(self) -> bool:
+        """Whether layers aim at the dense model's outputs."""
+        return self.layer_step.surrogate.dense_targets > 0
 
     def candidates(self) -> list[Settings]:
         """These settings with nothing left open: one for each value of the choice."""

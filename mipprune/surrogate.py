@@ -30,11 +30,14 @@ class Inputs:
     cross
         ``E x_dense x^T``, float64 ``[d, d]``, where ``x`` comes from the pruned model and
         ``x_dense`` from the unpruned one; None if both are the same.
+    cross_mean
+        ``E x_dense``, float64 ``[d]``; None without ``cross``, or if it was not collected.
     """
 
     gram: Tensor
     mean: Tensor | None = None
     cross: Tensor | None = None
+    cross_mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Surrogate:
     damping
         Added to the diagonal, in units of its mean.
     dense_targets
-        Judge by the distance to the output of the *unpruned* model, from the inputs of the
-        pruned one (needs `Inputs.cross`).
+        Share ``t`` of the *unpruned* model's output in what the layer is to give from its inputs
+        ``x`` in the pruned one, ``w^T ((1 - t) x + t x_dense)`` (needs `Inputs.cross`, `towards`).
 
     Notes
     -----
@@ -65,10 +68,10 @@ class Surrogate:
     shrink: float = 0.0
     centre: float = 0.0
     damping: float = 0.0
-    dense_targets: bool = False
+    dense_targets: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("shrink", "centre"):
+        for name in ("shrink", "centre", "dense_targets"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInput(
                     f"{name}={getattr(self, name)} is outside [0, 1]; it is a share."
@@ -104,7 +107,7 @@ class Surrogate:
                 raise InvalidInput(
                     "Dense targets need the products of the dense and the pruned model's inputs."
                 )
-            linear = target_term(weight, inputs.gram, inputs.cross)
+            linear = target_term(weight, inputs.gram, towards(inputs, self.dense_targets))
         return MaskProblem(weight, self.gram(inputs), pattern, linear)
 
 
@@ -142,9 +145,32 @@ def centred(gram: Tensor, mean: Tensor, share: float = 1.0) -> Tensor:
     return out
 
 
+def centred_inputs(inputs: Inputs) -> Inputs:
+    """Statistics of the inputs less their means, those of ``x_dense`` likewise."""
+    assert inputs.mean is not None, "there is a mean to take out"
+    gram, cross = centred(inputs.gram, inputs.mean), inputs.cross
+    if cross is not None:
+        assert inputs.cross_mean is not None, "collected with the products"
+        cross = cross - inputs.cross_mean[:, None] * inputs.mean
+        cross[:, gram.diagonal() == 0] = 0.0
+    zero = torch.zeros_like(inputs.mean)
+    return Inputs(gram, zero, cross, None if cross is None else zero)
+
+
 def bias_correction(weight: Tensor, updated: Tensor, mean: Tensor) -> Tensor:
     """What to add to a layer's bias so that its mean output stays, ``[rows]`` float64."""
     return (weight.double() - updated.double()) @ mean.double()
+
+
+def output_change(
+    weight: Tensor, updated: Tensor, gram: Tensor, mean: Tensor, shift: Tensor | None = None
+) -> float:
+    """``E |(V - W) x + s|^2`` for a layer's new weight ``V`` and a shift ``s`` of its bias."""
+    change = updated.double() - weight.double()
+    loss = ((change @ gram.double()) * change).sum()
+    if shift is not None:
+        loss = loss + 2 * shift.double() @ (change @ mean.double()) + shift.double().square().sum()
+    return max(float(loss), 0.0)
 
 
 def target_term(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
@@ -155,6 +181,39 @@ def target_term(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     """
     w = weight.double()
     return 2 * w * (w @ (cross.double() - gram.double()))
+
+
+def towards(inputs: Inputs, share: float) -> Tensor:
+    """``E t x^T`` of the targets' inputs ``t = (1 - share) x + share x_dense``, ``[d, d]``."""
+    assert inputs.cross is not None, "there are two models' inputs to mix"
+    gram, cross = inputs.gram.double(), inputs.cross.double()
+    return gram + share * (cross - gram)
+
+
+def retargeted(weight: Tensor, gram: Tensor, cross: Tensor, damping: float = 1e-2) -> Tensor:
+    """The weight with which a layer reproduces ``W t`` from ``x``, float64 ``[rows, d]``.
+
+    ``W* = W + W (C - G) (G + lambda I)^-1`` with ``C = E t x^T`` is the least squares fit of all
+    weights, held near the old ones by ``lambda``, the damping in units of the mean diagonal of
+    ``G``. Without damping, ``E |V x - W t|^2 = |V - W*|_G^2 + const`` for every ``V``: masks and
+    weight updates of the plain loss, taken with ``W*`` for the weight, are those for the targets.
+
+    Raises
+    ------
+    InvalidInput
+        If there is too little damping for a singular ``G``.
+    """
+    w, g = weight.double(), gram.double()
+    system = g.clone()
+    system.diagonal().add_(damping * g.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(system)
+    if int(info) != 0:
+        raise InvalidInput(
+            f"The Gram matrix is singular with damping {damping:g}, so that it gives no weight for "
+            "dense targets; give more damping, such as 0.01."
+        )
+    moved = w @ (cross.double() - g)
+    return w + torch.cholesky_solve(moved.T, factor).T
 
 
 def token_weighted(inputs: Tensor, importance: Tensor) -> Tensor:

@@ -19,25 +19,27 @@ from solvers import InvalidInput
 
 from .activations import Activations
 from .capture import Capture, answering, capture, hidden_output, replay
+from .dense_side import DenseSide, TargetCollector
 from .errors import OutOfMemory
 from .gram import GramCollector
 from .models import PrunableLayer, prunable_layers
 from .placement import OUTSIDE, Placement
 from .ranks import ALONE, Ranks
+from .stages import Stages
 
 HOST_BYTES = 16 * 2**30
 """Activations beyond this wait on disk, unless another bound is given."""
 
 
 class BlockStep:
-    """A block on the device.
+    """A block on the device, or one stage of it.
 
     Attributes
     ----------
     index
-        Its number.
+        The block's number.
     layers
-        Its prunable layers.
+        Its prunable layers, or those of the stage.
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class BlockStep:
         layers: list[PrunableLayer],
         collect: Callable[[], GramCollector],
         run: Callable[[nn.Module], Tensor],
+        before_change: Callable[[PrunableLayer], None] = lambda _: None,
     ) -> None:
         self.index, self.layers = index, layers
-        self._collect, self._run = collect, run
+        self._collect, self._run, self._before_change = collect, run, before_change
         self._grams: GramCollector | None = None
-        self._changes: list[tuple[PrunableLayer, Tensor, Tensor | None]] = []
+        self._changes: list[tuple[PrunableLayer, Tensor, Tensor | None, Tensor | None]] = []
 
     @property
     def grams(self) -> GramCollector:
@@ -59,12 +62,18 @@ class BlockStep:
             self._grams = self._collect()
         return self._grams
 
-    def prune(self, layer: PrunableLayer, mask: Tensor, weight: Tensor | None = None) -> None:
+    def prune(
+        self,
+        layer: PrunableLayer,
+        mask: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
         """When the walk goes on, set a layer's weights outside its mask to zero.
 
-        If a new weight is given, it takes the old one's place.
+        If a new weight or a new bias is given, it takes the old one's place.
         """
-        self._changes.append((layer, mask, weight))
+        self._changes.append((layer, mask, weight, bias))
 
     def output(self, block: nn.Module) -> Tensor:
         """What a block gives in this one's place, on the first batch."""
@@ -77,11 +86,15 @@ class BlockStep:
 
     def apply(self) -> bool:
         """Make the changes; whether there were any."""
-        for layer, mask, weight in self._changes:
+        for layer, mask, weight, bias in self._changes:
+            self._before_change(layer)
             if weight is None:
                 layer.weight.masked_fill_(~mask.to(layer.weight.device), 0.0)
             else:
                 layer.weight.copy_(weight)
+            if bias is not None:
+                assert layer.bias is not None, "only a bias that there is takes up means"
+                layer.bias.data.copy_(bias)
         return bool(self._changes)
 
 
@@ -108,6 +121,12 @@ class BlockWalk:
         Told when the batch size is halved.
     watched
         Layers whose Gram matrices may be asked for; None for all.
+    stages
+        In what order a block's layers are pruned: each stage is a step of its own, whose Gram
+        matrices see what was pruned in the steps before. None makes one step of every block.
+    targets
+        Whether the dense model is run alongside for what its layers would see, `Gram.cross`. Takes
+        a second set of hidden states and a second copy of a block's weights.
     """
 
     def __init__(
@@ -122,9 +141,12 @@ class BlockWalk:
         ranks: Ranks = ALONE,
         warn: Callable[[str], None] = lambda _: None,
         watched: Container[str] | None = None,
+        stages: Stages | None = None,
+        targets: bool = False,
     ) -> None:
         self._placement, self._ranks, self._warn = placement, ranks, warn
-        self._watched = watched
+        assert propagate or not (stages or targets), "the dense model's inputs change in no stage"
+        self._watched, self._stages = watched, stages
         self._name, self._blocks = placement.blocks_name, placement.blocks
         self._propagate = propagate
         batches = torch.split(tokens, batch_size)
@@ -145,39 +167,58 @@ class BlockWalk:
         except torch.OutOfMemoryError:
             raise self._too_little_memory(1) from None
         self._calls = record.calls
+        host_bytes /= 2 if targets else 1
         self.activations = Activations(placement.device, host_bytes, folder)
         for hidden in record.hidden:
             self.activations.append(hidden)
+        self._dense: DenseSide | None = None
+        if targets:
+            self._dense = DenseSide(Activations(placement.device, host_bytes, folder))
+            for hidden in record.hidden:
+                self._dense.activations.append(hidden)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[BlockStep]:
-        """Each block on the device; what the loop's body changed feeds the next block."""
+        """Each block on the device, stage by stage; what the loop's body changed feeds the next."""
         for index in range(len(self)):
             with self._placement.block(index) as block:
-                step = self._step(index, block)
-                yield step
-                if not self._propagate:
-                    self._advance(index)
-                if step.apply():
+                changed = False
+                for layers in self._in_stages(index, block):
+                    step = self._step(index, layers)
+                    yield step
+                    if not self._propagate:
+                        self._advance(index)
+                    changed |= step.apply()
+                if changed:
                     self._placement.keep(index)
                 if self._propagate:
                     self._advance(index)
+                if self._dense is not None:
+                    self._dense.leave()
 
-    def _step(self, index: int, block: nn.Module) -> BlockStep:
+    def _in_stages(self, index: int, block: nn.Module) -> list[list[PrunableLayer]]:
         layers = prunable_layers(block, f"{self._name}.{index}")
+        if self._stages is None:
+            return [layers]
+
+        def first(batch: int) -> None:
+            if batch == 0:
+                self._run(index, batch)
+
+        def forward() -> None:
+            self._for_each_batch(first)
+
+        return self._stages.of(index, block, layers, forward)
+
+    def _step(self, index: int, layers: list[PrunableLayer]) -> BlockStep:
+        seen = [one for one in layers if self._watched is None or one.name in self._watched]
 
         @torch.no_grad()
         def collect() -> GramCollector:
-            seen = [one for one in layers if self._watched is None or one.name in self._watched]
-            grams = GramCollector(seen, self._ranks)
-
-            def run(batch: int) -> None:
-                with grams.collecting():
-                    self._run(index, batch)
-
+            grams, run = self._collector(index, seen)
             self._for_each_batch(run)
             if len(self.activations) < self._rounds:
                 grams.commit()
@@ -187,7 +228,31 @@ class BlockWalk:
         def run(other: nn.Module) -> Tensor:
             return self._calls[index][0].run(other, self.activations[0])
 
-        return BlockStep(index, layers, collect, run)
+        keep = self._dense.keep if self._dense is not None else lambda _: None
+        return BlockStep(index, layers, collect, run, keep)
+
+    def _collector(
+        self, index: int, layers: list[PrunableLayer]
+    ) -> tuple[GramCollector, Callable[[int], None]]:
+        """A collector for some layers of a block, and what has it see a batch."""
+        dense = self._dense
+        if dense is None:
+            grams = GramCollector(layers, self._ranks)
+
+            def run(batch: int) -> None:
+                with grams.collecting():
+                    self._run(index, batch)
+
+            return grams, run
+        beside = TargetCollector(layers, self._ranks)
+
+        def run_both(batch: int) -> None:
+            with dense.block(), beside.dense(self._batches[batch].numel()):
+                self._run(index, batch, dense.activations)
+            with beside.collecting():
+                self._run(index, batch)
+
+        return beside, run_both
 
     def _advance(self, index: int) -> None:
         """Replace the hidden states by the block's outputs, if another block needs them."""
@@ -198,9 +263,19 @@ class BlockWalk:
             self.activations[batch] = self._run(index, batch)
 
         self._for_each_batch(replace)
+        dense = self._dense
+        if dense is None:
+            return
 
-    def _run(self, index: int, batch: int) -> Tensor:
-        return self._calls[index][batch].run(self._blocks[index], self.activations[batch])
+        def replace_dense(batch: int) -> None:
+            with dense.block():
+                dense.activations[batch] = self._run(index, batch, dense.activations)
+
+        self._for_each_batch(replace_dense)
+
+    def _run(self, index: int, batch: int, hidden: Activations | None = None) -> Tensor:
+        hidden = self.activations if hidden is None else hidden
+        return self._calls[index][batch].run(self._blocks[index], hidden[batch])
 
     def _for_each_batch(self, work: Callable[[int], None]) -> None:
         """Work on all batches; when memory runs out, go on from there with smaller ones."""
@@ -222,7 +297,10 @@ class BlockWalk:
         self._warn(f"Out of device memory: from here on in batches of {half} windows.")
         finer = [torch.split(batch, half) for batch in self._batches]
         self._batches = [part for parts in finer for part in parts]
-        self.activations = self.activations.split([len(batch) for batch in self._batches])
+        sizes = [len(batch) for batch in self._batches]
+        self.activations = self.activations.split(sizes)
+        if self._dense is not None:
+            self._dense.activations = self._dense.activations.split(sizes)
         self._calls = self._capture().calls
         return sum(len(parts) for parts in finer[:done])
 

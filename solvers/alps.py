@@ -52,6 +52,7 @@ class Alps(Solver):
     name = "alps"
     summary = "ALPS: the mask by ADMM on the weights, meant for least squares after it"
     patterns = (PerRow, NM, PerLayer)
+    ignores_linear = True
 
     def __post_init__(self) -> None:
         if not self.rho > 0:

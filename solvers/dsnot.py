@@ -56,6 +56,7 @@ class DSnoT(Solver):
     name = "dsnot"
     summary = "DSnoT: exchanges that restore a row's mean output; needs the inputs' mean"
     patterns = (PerRow, NM, PerLayer)
+    ignores_linear = True
 
     def __post_init__(self) -> None:
         if self.cycles < 1:

@@ -24,6 +24,7 @@ class Saliency(Solver):
     """A solver that keeps the highest summed score that the pattern allows."""
 
     patterns = (Pattern,)
+    ignores_linear = True
 
     @abstractmethod
     def score(self, problem: MaskProblem) -> Tensor:

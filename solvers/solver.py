@@ -112,7 +112,8 @@ class Solver(ABC):
 
     Class attributes state what the solver can do, so that it can be listed and refused
     without being run. ``rowwise``: where rows share no budget, some of them solved apart get the
-    masks that they get together with the others.
+    masks that they get together with the others. ``ignores_linear``: whether it chooses masks as
+    if the problem had no linear term.
     """
 
     name: ClassVar[str]
@@ -120,6 +121,7 @@ class Solver(ABC):
     patterns: ClassVar[tuple[type[Pattern], ...]]
     exact: ClassVar[bool] = False
     rowwise: ClassVar[bool] = False
+    ignores_linear: ClassVar[bool] = False
     gives_bound: ClassVar[bool] = False
     needs_start: ClassVar[bool] = False
     composite: ClassVar[bool] = False

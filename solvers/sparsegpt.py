@@ -76,6 +76,7 @@ class SparseGPT(Solver):
     name = "sparsegpt"
     summary = "SparseGPT's mask, meant for a weight update after it"
     patterns = (PerRow, NM, PerLayer)
+    ignores_linear = True
 
     def __post_init__(self) -> None:
         _check_damping(self.damping)

@@ -19,7 +19,7 @@ from solvers.structured import (
     wanda_sp,
 )
 
-from ..surrogate import Inputs, bias_correction, centred
+from ..surrogate import Inputs, bias_correction, centred, output_change
 from .coupling import Coupling, Kind
 
 Update = Literal["least_squares", "none"]
@@ -239,7 +239,7 @@ def choose(
     reference = most_salient(wanda_sp(weight, gram, groups), keep)
     dense = weight.double()
     energy = float(((dense @ gram) * dense).sum())
-    updated = _loss(dense, new.double(), gram, mean, shift)
+    updated = output_change(dense, new, gram, mean, shift)
     result = GroupResult(
         name=coupling.reader.name,
         kind=coupling.kind,
@@ -256,12 +256,3 @@ def choose(
         seconds=time.perf_counter() - began,
     )
     return Chosen(result, mask[0], new, shift)
-
-
-def _loss(weight: Tensor, new: Tensor, gram: Tensor, mean: Tensor, shift: Tensor | None) -> float:
-    """``E |(V - W) x + b|^2``."""
-    change = new - weight
-    loss = ((change @ gram) * change).sum()
-    if shift is not None:
-        loss = loss + 2 * shift @ (change @ mean) + shift.square().sum()
-    return max(float(loss), 0.0)

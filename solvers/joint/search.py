@@ -62,6 +62,7 @@ class Joint(Solver):
     name = "joint"
     summary = "mask and weights together: swaps on the least squares loss"
     patterns = (PerRow, NM, PerLayer)
+    ignores_linear = True
     requires = ("numba",)
 
     def __post_init__(self) -> None:
