@@ -35,8 +35,8 @@ class DenseSide:
 
     def keep(self, layer: PrunableLayer) -> None:
         """Remember a layer as it is, before it is changed for the first time."""
-        for parameter in (layer.parameter, layer.bias):
-            if parameter is not None and id(parameter) not in self._weights:
+        for parameter in layer.parameters:
+            if id(parameter) not in self._weights:
                 self._weights[id(parameter)] = (parameter, parameter.data.clone())
 
     @contextmanager

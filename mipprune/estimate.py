@@ -173,7 +173,12 @@ def _seconds(
 ) -> float:
     """Blocks times what the first one takes; layers by a sample of their rows, or as budgeted."""
     rounds = len(windows.tokens) / len(first.hidden)
-    per_block = rounds * (first.collect_seconds + first.forward_seconds)
+    stages = len(first.grams) if settings.grams == "sequential" else 1
+    models = 2 if settings.dense_targets else 1
+    per_block = rounds * (
+        stages * (first.collect_seconds + (models - 1) * first.forward_seconds)
+        + models * first.forward_seconds
+    )
     per_block += _LOADS * first.load_seconds
     if settings.time_budget is not None:
         return max(settings.time_budget, len(placement.blocks) * per_block)
@@ -228,12 +233,13 @@ def _memory(
     model = sum(p.numel() for p in placement.model.parameters()) * item
     block = sum(p.numel() for p in placement.blocks[0].parameters()) * item
     outside = model - len(placement.blocks) * block
-    hidden = min(count * length * first.hidden.shape[-1] * item, host_bytes)
+    models = 2 if settings.dense_targets else 1
+    hidden = min(models * count * length * first.hidden.shape[-1] * item, host_bytes)
     masks = prunable / 8
     vocabulary = getattr(placement.model.config, "vocab_size", 0)
     widest = max(rows + inputs for rows, inputs in shapes)
     batch = settings.windows_at_once * length * (widest + 4 * first.hidden.shape[-1]) * item
-    squares = sum(len(gram.matrix) ** 2 for gram in first.grams.values())
+    squares = sum(models * len(gram.matrix) ** 2 for gram in first.grams.values())
     largest = max(first.grams.values(), key=lambda gram: len(gram.matrix), default=None)
     d = 0 if largest is None else len(largest.matrix)
     weight = max(rows * inputs for rows, inputs in shapes)
@@ -246,6 +252,7 @@ def _memory(
     here = base + (hidden if on_host else 0.0)
     here += model if whole and not on_host else 0.0
     loaded = 0.0 if whole else (block if on_host else 2 * block)
+    loaded += (models - 1) * block  # as it was before it was pruned
     phases = {
         "replay check": base + (0 if whole else outside) + loaded + 2 * length * vocabulary * item,
         "Gram matrices": here + loaded + batch + (DOUBLE + SINGLE) * squares,

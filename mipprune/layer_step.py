@@ -166,3 +166,14 @@ class LayerStep:
     def from_dict(cls, record: dict[str, Any]) -> LayerStep:
         """The layer_step that `to_dict` described."""
         return cls(**{**record, "surrogate": Surrogate(**record["surrogate"])})
+
+
+def parse_targets(text: str) -> float:
+    """`Surrogate.dense_targets` by name: "own" is 0, "dense" is 1, and a number is itself."""
+    named = {"own": 0.0, "dense": 1.0}
+    try:
+        return named[text] if text in named else float(text)
+    except ValueError:
+        raise InvalidInput(
+            f"Targets are own, dense or a share such as 0.5, not '{text}'."
+        ) from None

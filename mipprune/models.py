@@ -208,9 +208,15 @@ class PrunableLayer:
         return self.module.get_parameter(self.fused.key if self.fused else "weight")
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The layer's bias ``[outputs]``; None if it has none, or is an expert."""
-        return None if self.fused is not None else self.module._parameters.get("bias")
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that pruning may change: `parameter`, and the bias if there is one."""
+        bias = None if self.fused is not None else self.module._parameters.get("bias")
+        return [self.parameter] if bias is None else [self.parameter, bias]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias ``[outputs]``, to read and to write; None for none, or an expert."""
+        return self.parameters[1].data if len(self.parameters) > 1 else None
 
     @property
     def weight(self) -> Tensor:

@@ -35,8 +35,9 @@ class Settings:
     solver_options
         The solver's own options. Solvers that take the inputs' ``mean`` are given it.
     grams
-        "pruned": a block's inputs come from the pruned blocks before it; "dense": from the
-        unpruned model.
+        "pruned": a block's inputs come from the pruned blocks before it; "sequential": besides, a
+        layer's come from what was pruned before it in its block (`Stages`); "dense": inputs come
+        from the unpruned model.
     samples, seqlen
         Calibration windows and tokens in each (at most the model's positions).
     batch_size

@@ -94,7 +94,7 @@ class BlockStep:
                 layer.weight.copy_(weight)
             if bias is not None:
                 assert layer.bias is not None, "only a bias that there is takes up means"
-                layer.bias.data.copy_(bias)
+                layer.bias.copy_(bias)
         return bool(self._changes)
 
 

@@ -108,8 +108,26 @@ def prune(
     samples: Samples = 128,
     seqlen: SeqLen = 2048,
     grams: Annotated[
-        str, typer.Option(help="Inputs of a block from the pruned or the dense blocks before it.")
+        str,
+        typer.Option(
+            help="Inputs of a block from the pruned or the dense blocks before it; or sequential: "
+            "within a pruned block too, each layer's inputs from the layers pruned before it."
+        ),
     ] = "pruned",
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="What layers are to give on these inputs: own, their own outputs; dense, what "
+            "they give in the dense model; or the latter's share, such as 0.5."
+        ),
+    ] = "own",
+    bias: Annotated[
+        str,
+        typer.Option(
+            help="existing: a layer's bias, if it has one, makes up for the mean of what was "
+            "removed; none: biases stay."
+        ),
+    ] = "none",
     batch_size: BatchOrNone = None,
     device: Device = "auto",
     dtype: DTypeOption = "auto",
@@ -150,7 +168,7 @@ def prune(
     from ..choice import Choice
     from ..defaults import chosen_method
     from ..job import plan_job, prune_to_folder
-    from ..layer_step import LayerStep
+    from ..layer_step import LayerStep, parse_targets
     from ..masks import parse_start
     from ..opening import Source
     from ..progress import LineObserver, Observers, progress, run_log
@@ -198,8 +216,11 @@ def prune(
         batch_size=batch_size,
         seed=seed,
         layer_step=LayerStep(
-            Surrogate(shrink=method.shrink, centre=method.centre),
+            Surrogate(
+                shrink=method.shrink, centre=method.centre, dense_targets=parse_targets(targets)
+            ),
             method.update,  # type: ignore[arg-type] # checked there
+            bias=bias,  # type: ignore[arg-type] # checked there
         ),
         allocation=allocation,
         time_budget=None if time_budget is None else parse_seconds(time_budget),

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from ..estimate import choose_batch
 from ..observer import Observer
 from ..placement import FromFolder, Placement
 from ..prune import calibration_windows, model_environment
-from ..settings import Grams
 from ..surrogate import Inputs
 from ..walk import HOST_BYTES, BlockStep, BlockWalk
 from .budget import Curve, counts_within
@@ -32,6 +31,7 @@ from .smaller import Kept, Smaller
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Grams = Literal["pruned", "dense"]
 
 PROBE = 8
 """Calibration windows that the divergences of a budget are measured on."""

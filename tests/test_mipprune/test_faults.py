@@ -5,6 +5,7 @@ import torch
 from models import tiny_model, tiny_tokens
 
 import mipprune
+from mipprune import LayerStep, Surrogate
 from mipprune.calibration import Windows
 from mipprune.observer import Observer
 from solvers import InvalidInput, PerLayer, PerRow
@@ -39,14 +40,17 @@ def too_large(model, windows):
     return model
 
 
-@pytest.mark.parametrize("grams", ["pruned", "dense"])
-def test_batches_are_halved_and_the_run_goes_on(grams):
-    report, said = prune(too_large(tiny_model("llama"), 3), grams=grams)
+@pytest.mark.parametrize(
+    ("grams", "targets"), [("pruned", 0.0), ("dense", 0.0), ("pruned", 1.0), ("sequential", 1.0)]
+)
+def test_batches_are_halved_and_the_run_goes_on(grams, targets):
+    step = {"layer_step": LayerStep(Surrogate(dense_targets=targets), "least_squares")}
+    report, said = prune(too_large(tiny_model("llama"), 3), grams=grams, **step)
     assert said == [
         "Out of device memory: from here on in batches of 4 windows.",
         "Out of device memory: from here on in batches of 2 windows.",
     ]
-    expected, said = prune(tiny_model("llama"), grams=grams, batch_size=2)
+    expected, said = prune(tiny_model("llama"), grams=grams, batch_size=2, **step)
     assert said == []
     for found, wanted in zip(report.layers, expected.layers, strict=True):
         assert found.tokens == wanted.tokens == WINDOWS.tokens.numel()

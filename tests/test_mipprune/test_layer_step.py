@@ -93,19 +93,19 @@ def test_searches_and_baselines_run_in_a_model(solver, options):
 
 
 def test_a_recipe_survives_its_record():
-    layer_step = LayerStep(Surrogate(shrink=0.25, centre=0.5), "gain", 0.02)
+    layer_step = LayerStep(Surrogate(shrink=0.25, dense_targets=0.5), "gain", 0.02, "existing")
     assert LayerStep.from_dict(json.loads(json.dumps(layer_step.to_dict()))) == layer_step
 
 
 def test_wrong_recipes_are_refused():
     with pytest.raises(InvalidInput, match="none of none, gain"):
         LayerStep(update="magic")
-    with pytest.raises(InvalidInput, match="collects no products"):
-        prune(tiny_model("llama"), LayerStep(Surrogate(dense_targets=True)))
+    with pytest.raises(InvalidInput, match="none of none, existing"):
+        LayerStep(bias="new")
 
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_a_layer_that_saw_nothing_keeps_its_weights(update):
     weight, mask = torch.randn(3, 8), torch.rand(3, 8) < 0.5
-    updated = LayerStep(update=update).updated(weight, Inputs(torch.zeros(8, 8)), mask)
+    updated = LayerStep(update=update).aim(weight, Inputs(torch.zeros(8, 8))).updated(mask)
     assert torch.equal(updated, weight.masked_fill(~mask, 0.0))

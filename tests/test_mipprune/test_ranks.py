@@ -19,6 +19,7 @@ sys.path.insert(0, sys.argv[1])
 import json, torch
 from models import tiny_model, tiny_tokens
 import mipprune
+from mipprune import LayerStep, Surrogate
 from mipprune.calibration import Windows
 from mipprune.job import prune_to_folder
 from mipprune.opening import Source
@@ -31,17 +32,21 @@ torch.set_num_threads(1)
 windows = Windows(tiny_tokens(windows=9, length=32), "random tokens")
 with ranks_of_environment(torch.device("cpu")) as ranks:
     records = []
-    for family, solver, pattern, grams in (
-        ("llama", "swap", PerRow(sparsity=0.6), "pruned"),
-        ("gpt2", "swap", NM(2, 4), "dense"),
-        ("llama", "ria", PerRow(sparsity=0.6), "pruned"),
-        ("llama", "swap", PerLayer(sparsity=0.6), "pruned"),
+    aimed = LayerStep(Surrogate(dense_targets=1.0), "least_squares", bias="existing")
+    for family, solver, pattern, grams, step in (
+        ("llama", "swap", PerRow(sparsity=0.6), "pruned", LayerStep()),
+        ("gpt2", "swap", NM(2, 4), "dense", LayerStep()),
+        ("llama", "ria", PerRow(sparsity=0.6), "pruned", LayerStep()),
+        ("llama", "swap", PerLayer(sparsity=0.6), "pruned", LayerStep()),
+        ("qwen2", "wanda", NM(2, 4), "sequential", aimed),
+        ("mixtral", "wanda", NM(2, 4), "sequential", aimed),
     ):
         report = mipprune.prune(
             tiny_model(family), None, windows, pattern, solver,
-            grams=grams, samples=9, batch_size=2, ranks=ranks,
+            grams=grams, samples=9, batch_size=2, layer_step=step, ranks=ranks,
         )
-        records.append((report.mask_hash, [layer.tokens for layer in report.layers]))
+        losses = [(layer.tokens, layer.updated_loss) for layer in report.layers]
+        records.append((report.mask_hash, losses))
     settings = Settings(Rules(NM(2, 4)), "ria", samples=9, batch_size=2)
     source = Source(sys.argv[2], stream=True)
     report = prune_to_folder(source, sys.argv[3], windows, settings, ranks=ranks)

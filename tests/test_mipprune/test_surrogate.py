@@ -1,16 +1,21 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+from mipprune.layer_step import LayerStep
 from mipprune.surrogate import (
     Inputs,
     Surrogate,
     bias_correction,
     centred,
+    retargeted,
     shrunk,
     target_term,
     token_weighted,
 )
-from solvers import InvalidInput, MaskProblem, PerRow, solve
+from solvers import InvalidInput, MaskProblem, PerRow, solve, updated_loss
 
 PATTERN = PerRow(sparsity=0.5)
 
@@ -118,3 +123,83 @@ def test_damping_is_in_units_of_the_mean_diagonal(layer):
     gram = statistics(x).gram
     expected = gram + 0.2 * gram.diagonal().mean() * torch.eye(10, dtype=torch.float64)
     assert torch.allclose(Surrogate(damping=0.2).gram(Inputs(gram)), expected)
+
+
+def pair(seed=3):
+    """Inputs of a dense and a pruned model, ``[d, tokens]``, with means."""
+    dense = draw(10, 400, seed=seed) + 0.7
+    return dense, dense + 0.3 * draw(10, 10, seed=9) @ draw(10, 400, seed=seed + 1) + 0.1
+
+
+def test_a_retargeted_weight_carries_the_distance_to_the_targets(layer):
+    weight, _ = layer
+    dense, x = pair()
+    inputs = statistics(x, dense)
+    star = retargeted(weight, inputs.gram, inputs.cross, 0.0)
+    constant = ((star @ x - weight @ dense) ** 2).mean(dim=1)
+    for seed in range(3):
+        v = draw(5, 10, seed=seed)
+        loss = ((v @ x - weight @ dense) ** 2).mean(dim=1)
+        found = updated_loss(star, inputs.gram, v) + constant
+        assert found.numpy() == pytest.approx(loss.numpy())
+    assert torch.allclose(retargeted(weight, inputs.gram, inputs.gram, 0.0), weight)
+    near = retargeted(weight, inputs.gram, inputs.cross, 1e6)
+    assert torch.allclose(near, weight, atol=1e-4)
+    with pytest.raises(InvalidInput, match="more damping"):
+        retargeted(weight, torch.zeros(10, 10), inputs.cross, 0.0)
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("bias", ["none", "existing"])
+def test_weights_are_the_best_for_the_targets_on_the_support(layer, share, bias):
+    """Against least squares in numpy, on the inputs themselves."""
+    weight, _ = layer
+    dense, x = pair()
+    inputs = replace(statistics(x, dense), cross_mean=dense.mean(dim=1))
+    step = LayerStep(Surrogate(dense_targets=share), "least_squares", 0.0, bias)
+    aim = step.aim(weight, inputs, has_bias=True)
+    mask = PATTERN.round(draw(5, 10, seed=2))
+    new, old_bias = aim.updated(mask), draw(5, seed=6)
+    new_bias = aim.new_bias(new, old_bias)
+    wanted = weight @ ((1 - share) * x + share * dense) + old_bias[:, None]
+    for row in range(5):
+        columns = [x[mask[row]].numpy().T]
+        fixed = old_bias[row].numpy()
+        if bias == "existing":
+            columns, fixed = [*columns, np.ones((400, 1))], 0.0
+        best = np.linalg.lstsq(np.hstack(columns), wanted[row].numpy() - fixed, rcond=None)[0]
+        assert new[row][mask[row]].numpy() == pytest.approx(best[: int(mask[row].sum())])
+        if bias == "existing":
+            assert float(new_bias[row]) == pytest.approx(best[-1])
+    assert (new_bias is None) == (bias == "none")
+    assert not bool(new[~mask].any())
+
+
+@pytest.mark.parametrize("update", ["none", "gain"])
+def test_masks_alone_are_judged_by_the_linear_term(layer, update):
+    weight, _ = layer
+    dense, x = pair()
+    inputs = replace(statistics(x, dense), cross_mean=dense.mean(dim=1))
+    share = 0.6
+    target = weight @ ((1 - share) * x + share * dense)
+    for bias in ("none", "existing"):
+        step = LayerStep(Surrogate(dense_targets=share), update, bias=bias)
+        problem = step.aim(weight, inputs, has_bias=True).problem(PATTERN)
+        losses = []
+        for seed in range(4):
+            mask = PATTERN.round(draw(5, 10, seed=seed))
+            error = weight.masked_fill(~mask, 0.0) @ x - target
+            if bias == "existing":
+                error = error - error.mean(dim=1, keepdim=True)
+            losses.append((error**2).mean(dim=1) - problem.objective(mask))
+        for other in losses[1:]:  # but for a constant of each row
+            assert other.numpy() == pytest.approx(losses[0].numpy())
+
+
+def test_without_other_inputs_targets_are_the_layers_own(layer):
+    weight, x = layer
+    step = LayerStep(Surrogate(dense_targets=1.0), "least_squares")
+    aim = step.aim(weight, statistics(x))
+    assert aim.plain
+    assert torch.equal(aim.weight, weight)
+    assert aim.problem(PATTERN).linear is None

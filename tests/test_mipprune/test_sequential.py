@@ -1,0 +1,286 @@
+"""Gram matrices taken anew within a block, and what a layer would see in the dense model."""
+
+import pytest
+import torch
+from models import tiny_model, tiny_tokens
+
+import mipprune
+from mipprune import LayerStep, Surrogate
+from mipprune.calibration import Windows
+from mipprune.certify import certify, check_folder
+from mipprune.checkpoint import TIMINGS_FILE
+from mipprune.job import prune_to_folder
+from mipprune.journal import FileJournal
+from mipprune.models import LoadedModel, all_layers, find_blocks
+from mipprune.opening import Source
+from mipprune.placement import Placement
+from mipprune.rules import Rules
+from mipprune.settings import Settings
+from mipprune.stages import Stages
+from mipprune.walk import BlockWalk
+from solvers import NM, InvalidInput, PerRow
+
+WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")
+HALF = PerRow(sparsity=0.5)
+SIZE = {"samples": 8, "batch_size": 3}
+AIMED = LayerStep(Surrogate(dense_targets=1.0), "least_squares", bias="existing")
+
+
+def prune(model, pattern=HALF, solver="wanda", **options):
+    return mipprune.prune(model, None, WINDOWS, pattern, solver, **SIZE, **options)
+
+
+def layers_of(model):
+    return {layer.name: layer for layer in all_layers(*find_blocks(model))}
+
+
+def stages_of(family):
+    """Of the last block, the layers' own names."""
+    model = tiny_model(family)
+    steps = list(BlockWalk(Placement(model), WINDOWS.tokens, 4, stages=Stages()))
+    last = steps[-1].index
+    return [{one.name.split(".")[-1] for one in s.layers} for s in steps if s.index == last]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", "q_proj k_proj v_proj|o_proj|gate_proj up_proj|down_proj"),
+        ("gpt2", "c_attn|c_proj|c_fc|c_proj"),
+        ("phi", "q_proj k_proj v_proj fc1|dense|fc2"),  # both parts of a block in parallel
+        ("mixtral", None),
+    ],
+)
+def test_stages_follow_the_inputs(family, expected):
+    found = stages_of(family)
+    if expected is not None:
+        assert found == [set(stage.split()) for stage in expected.split("|")]
+        return
+    # all experts together: what they read, then what they write
+    assert len(found) == 4
+    sizes = [len({name.split("[")[0] for name in stage}) for stage in found]
+    assert sizes == [3, 1, sizes[2], 1]
+
+
+def test_layers_that_no_token_reaches_come_last():
+    model = tiny_model("llama")
+    block = model.model.layers[0]
+    block.spare = torch.nn.Linear(4, 4)
+    steps = list(BlockWalk(Placement(model), WINDOWS.tokens, 4, stages=Stages()))
+    names = [[one.name for one in step.layers] for step in steps if step.index == 0]
+    assert len(names) == 5
+    assert names[-1] == ["model.layers.0.spare"]
+
+
+@pytest.mark.parametrize("update", ["none", "least_squares"])
+def test_every_stage_sees_what_was_pruned_before_it(update):
+    """The last block's Gram matrices are those of a model pruned by hand, stage by stage."""
+    pruned = tiny_model("llama")
+    report = prune(pruned, grams="sequential", layer_step=LayerStep(update=update))
+    found = {layer.name: layer for layer in report.layers}
+    written, by_hand = layers_of(pruned), tiny_model("llama")
+    own = layers_of(by_hand)
+    block = "model.layers.2."
+    for name, layer in own.items():
+        if not name.startswith(block):
+            layer.weight.copy_(written[name].weight)
+    for stage in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"):
+        names = [name for name in own if name.startswith(block) and name.split(".")[-1] in stage]
+        for name in names:
+            problem = mipprune.layer_problem(by_hand, None, WINDOWS, name, **SIZE)
+            loss = float(problem.objective(report.masks[name]).sum())
+            assert found[name].loss == pytest.approx(loss, rel=1e-5)
+        for name in names:
+            own[name].weight.copy_(written[name].weight)
+    once = prune(tiny_model("llama"), layer_step=LayerStep(update=update))
+    assert report.mask_hash != once.mask_hash
+    first = [layer.loss for layer in report.layers[:3]]
+    assert first == [layer.loss for layer in once.layers[:3]]
+    assert report.layers[3].loss != once.layers[3].loss
+
+
+def test_held_out_windows_run_through_the_same_stages():
+    report = prune(tiny_model("llama"), grams="sequential", held_out=0.25)
+    own = Windows(WINDOWS.tokens[:6], "random tokens")
+    alone = mipprune.prune(
+        tiny_model("llama"), None, own, HALF, "wanda", grams="sequential", samples=6, batch_size=3
+    )
+    assert alone.mask_hash == report.mask_hash
+    apart = Windows(WINDOWS.tokens[6:], "random tokens")
+    problem = mipprune.layer_problem(
+        _with_masks(report, without="down_proj"), None, apart, report.layers[-1].name, **SIZE
+    )
+    last = report.layers[-1]
+    expected = float(problem.objective(report.masks[last.name]).sum())
+    assert last.held_out_loss == pytest.approx(expected, rel=1e-5)
+
+
+def _with_masks(report, without):
+    """The pruned model, but for one layer of its last block."""
+    model = tiny_model("llama")
+    for name, layer in layers_of(model).items():
+        if name != f"model.layers.2.mlp.{without}":
+            layer.weight.masked_fill_(~report.masks[name], 0.0)
+    return model
+
+
+def seen(model, names):
+    """Inputs of layers on all windows, float64 ``[tokens, d]``, run as a whole."""
+    found = {}
+
+    def note(name):
+        def before(_, args):
+            found[name] = args[0].flatten(0, -2).double()
+
+        return before
+
+    handles = [
+        layer.module.register_forward_pre_hook(note(name))
+        for name, layer in layers_of(model).items()
+        if name in names
+    ]
+    with torch.no_grad():
+        model(input_ids=WINDOWS.tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("stages", [None, Stages()])
+def test_inputs_of_both_models_are_paired(family, stages):
+    """Against inputs of the dense model and of one pruned by hand so far."""
+    model, by_hand = tiny_model(family), tiny_model(family)
+    if stages is not None:
+        stages = Stages()
+    own = layers_of(by_hand)
+    dense = seen(tiny_model(family), own)
+    walk = BlockWalk(Placement(model), WINDOWS.tokens, 3, stages=stages, targets=True)
+    checked = 0
+    for step in walk:
+        x = seen(by_hand, [layer.name for layer in step.layers])
+        for layer in step.layers:
+            gram = step.grams.gram(layer)
+            tokens = WINDOWS.tokens.numel()
+            for found, expected in (
+                (gram.matrix, x[layer.name].T @ x[layer.name] / tokens),
+                (gram.cross, dense[layer.name].T @ x[layer.name] / tokens),
+                (gram.cross_mean, dense[layer.name].mean(dim=0)),
+            ):
+                assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * found.abs().max())
+            checked += not torch.allclose(gram.cross, gram.matrix, rtol=1e-2, atol=1e-4)
+        for layer in step.layers:
+            mask = HALF.round(torch.rand(layer.weight.shape))
+            bias = None if layer.bias is None else layer.bias + 0.1
+            step.prune(layer, mask, layer.weight * mask, bias)
+            own[layer.name].weight.mul_(mask)
+            if bias is not None:
+                own[layer.name].bias.copy_(bias)
+    assert checked > len(own) / 3
+
+
+def test_experts_aim_at_their_own_outputs():
+    report = prune(tiny_model("mixtral"), layer_step=AIMED, grams="sequential")
+    for layer in report.layers:
+        assert ("router" in layer.note) == ("experts" in layer.name)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny model with biases; its tokenizer is another model's and not used."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny_model("qwen2")
+    for layer in layers_of(model).values():
+        if layer.bias is not None:
+            torch.nn.init.normal_(layer.bias)
+    model.save_pretrained(folder)
+    mipprune.load_model("embedded", torch.device("cpu")).tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def content(folder):
+    files = (path for path in folder.iterdir() if path.is_file() and path.name != TIMINGS_FILE)
+    return {path.name: path.read_bytes() for path in files}
+
+
+def state(folder):
+    return mipprune.load_model(str(folder), torch.device("cpu")).model.state_dict()
+
+
+@pytest.mark.parametrize("update", ["none", "least_squares"])
+def test_resumed_streamed_and_certified(source, tmp_path, monkeypatch, update):
+    step = LayerStep(Surrogate(dense_targets=0.7), update, bias="existing")
+    settings = Settings(Rules(HALF), "swap", grams="sequential", layer_step=step, **SIZE)
+    report = prune_to_folder(Source(source), tmp_path / "whole", WINDOWS, settings)
+    prune_to_folder(Source(source, stream=True), tmp_path / "streamed", WINDOWS, settings)
+    finish, left = FileJournal.finish, [11]  # within the second block, after its first stages
+
+    def crash(self, layer, pruned):
+        finish(self, layer, pruned)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileJournal, "finish", crash)
+        with pytest.raises(KeyboardInterrupt):
+            prune_to_folder(Source(source), tmp_path / "resumed", WINDOWS, settings)
+    prune_to_folder(Source(source), tmp_path / "resumed", WINDOWS, settings, resume=True)
+    assert content(tmp_path / "resumed") == content(tmp_path / "whole")
+    saved, other = (state(tmp_path / name) for name in ("whole", "streamed"))
+    assert all(torch.equal(saved[name], other[name]) for name in saved)
+    model = mipprune.load_model(source, torch.device("cpu")).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dense = LoadedModel(model, None, torch.float32)
+    found = certify(tmp_path / "whole", rows=1, row_seconds=0.1, model=dense, calibration=WINDOWS)
+    assert len(check_folder(tmp_path / "whole")) == len(found) == len(report.layers)
+    assert all(one.bound <= one.loss and one.gap >= 0 for one in found)
+    again = model.state_dict()
+    assert all(torch.allclose(saved[name], again[name], atol=1e-6) for name in saved)
+    moved = [name for name in saved if not torch.equal(saved[name], before[name])]
+    assert any(name.endswith(".bias") for name in moved)
+    assert {name.rpartition(".")[0] for name in moved} == {one.name for one in report.layers}
+
+
+def test_an_allocation_is_plain_and_the_run_is_not():
+    allocation = mipprune.Allocation(criterion="loss")
+    report = prune(tiny_model("llama"), allocation=allocation, layer_step=AIMED)
+    plain = LayerStep(update="least_squares")
+    other = prune(tiny_model("llama"), allocation=allocation, layer_step=plain)
+    assert report.settings["rules"] == other.settings["rules"]
+    assert report.mask_hash != other.mask_hash
+
+
+def test_dense_targets_bring_the_model_nearer():
+    """Of the hidden states before the head, on the calibration text."""
+    dense = tiny_model("llama")
+    last = [name for name in layers_of(dense) if name.endswith("down_proj")][-1:]
+    aim = seen(dense, last)[last[0]]
+    distance = {}
+    for share in (0.0, 1.0):
+        model = tiny_model("llama")
+        step = LayerStep(Surrogate(dense_targets=share), "least_squares", 1e-4)
+        prune(model, grams="sequential", layer_step=step)
+        distance[share] = float((seen(model, last)[last[0]] - aim).square().sum())
+    assert distance[1.0] < distance[0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"grams": "dense", "layer_step": AIMED}, "the dense model's anyway"),
+        ({"layer_step": LayerStep(Surrogate(dense_targets=1.0))}, "knows no linear term"),
+        (
+            {
+                "layer_step": AIMED,
+                "held_out": 0.25,
+                "choice": mipprune.Choice("shrink", (0.0, 0.5)),
+            },
+            "not what dense targets aim at",
+        ),
+        ({"layer_step": LayerStep(Surrogate(dense_targets=1.0)), "solver": "alps"}, "swap"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, said):
+    with pytest.raises(InvalidInput, match=said):
+        prune(tiny_model("llama"), NM(2, 4), **options)
