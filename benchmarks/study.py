@@ -42,8 +42,11 @@ HALF = Surrogate(shrink=0.5)
 TABU = {"solver": "chain", "solver_options": {"stages": [["tabu", {"iterations": 4000}]]}}
 
 
-def _squares(damping: float = 1e-2) -> LayerStep:
-    return LayerStep(update="least_squares", update_damping=damping)
+def _squares(damping: float = 1e-2, targets: float = 0.0) -> LayerStep:
+    return LayerStep(Surrogate(dense_targets=targets), "least_squares", damping)
+
+
+SEQUENTIAL = {"grams": "sequential"}
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -84,7 +87,24 @@ METHODS: dict[str, dict[str, Any]] = {
         "layer_step": _squares(0.1),
         "allocation": Allocation(),
     },
+    "alps, sequential": {"solver": "alps", "layer_step": _squares(), **SEQUENTIAL},
+    "alps, dense targets": {"solver": "alps", "layer_step": _squares(targets=1.0)},
+    "alps, sequential, dense targets": {
+        "solver": "alps",
+        "layer_step": _squares(targets=1.0),
+        **SEQUENTIAL,
+    },
+    "alps, sequential, half dense targets": {
+        "solver": "alps",
+        "layer_step": _squares(targets=0.5),
+        **SEQUENTIAL,
+    },
     "joint": {"solver": "joint", "layer_step": _squares()},
+    "joint, sequential, half dense targets": {
+        "solver": "joint",
+        "layer_step": _squares(targets=0.5),
+        **SEQUENTIAL,
+    },
     "joint, allocated": {"solver": "joint", "layer_step": _squares(), "allocation": Allocation()},
 }
 
