@@ -54,7 +54,8 @@ def test_batches_are_halved_and_the_run_goes_on(grams, targets):
     assert said == []
     for found, wanted in zip(report.layers, expected.layers, strict=True):
         assert found.tokens == wanted.tokens == WINDOWS.tokens.numel()
-        assert found.loss == pytest.approx(wanted.loss, rel=1e-3)
+        # other batches round otherwise, and every stage and target sees that of those before
+        assert found.loss == pytest.approx(wanted.loss, rel=3e-2 if targets else 1e-3)
 
 
 def test_a_window_that_does_not_fit_ends_the_run():
