@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import check_new
+from ..checkpoint import check_new, save
 from ..observer import Observer
 from ..opening import Source
-from .report import ShrinkReport, save_smaller
+from .report import ShrinkReport
 from .shrink import shrink
 
 if TYPE_CHECKING:
@@ -65,5 +65,5 @@ def shrink_to_folder(
     )
     report.recipe = recipe or {}
     observer.phase("writing")
-    save_smaller(out, shrunk.model, opened.tokenizer, report, opened.stored_dtype)
+    save(out, shrunk.model, opened.tokenizer, report, opened.stored_dtype)
     return report
