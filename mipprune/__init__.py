@@ -26,7 +26,7 @@ from .observer import Observer
 from .prune import layer_problem, prune
 from .record import LayerResult, PruneReport
 from .rules import Rules
-from .structured import Method, ShrinkReport, Shrunk, shrink
+from .structured import Latency, Method, ShrinkReport, Shrunk, shrink
 from .surrogate import Surrogate
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Choice",
     "Estimate",
     "InvalidInput",
+    "Latency",
     "LayerResult",
     "LayerStep",
     "LoadedModel",

@@ -28,6 +28,9 @@ class ShrinkReport:
         Of the whole model, tied ones once.
     curves
         What each count costs, where a budget decided; see `mipprune.structured.budget.Curve`.
+    latency
+        Where the time of a pass was bound: what each count saves as it was measured, which decided,
+        and the smaller model's time, measured afterwards (`mipprune.structured.latency`).
     layers
         One result per block and kind.
     masks
@@ -46,6 +49,7 @@ class ShrinkReport:
     parameters_before: int
     parameters_after: int = 0
     curves: list[dict[str, Any]] = field(default_factory=list)
+    latency: dict[str, Any] | None = None
     layers: list[GroupResult] = field(default_factory=list)
     masks: PackedMasks = field(default_factory=PackedMasks)
     difference: float = 0.0
@@ -97,6 +101,7 @@ class ShrinkReport:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "curves": self.curves,
+            "latency": self.latency,
             "loss": self.loss,
             "updated_loss": self.updated_loss,
             "loss_wanda_sp": self.loss_wanda_sp,
@@ -145,6 +150,13 @@ def smaller_card(record: dict[str, Any], evaluations: str) -> str:
         if record["gap"] is not None
         else ""
     )
+    latency = settings.get("latency")
+    asked = (
+        f" A forward pass of {latency['batch']} x {latency['tokens']} tokens was to take at most "
+        f"{latency['share']} of the large model's time on {record['environment']['device']}."
+        if latency
+        else ""
+    )
     parts = [
         "\n".join([*head, "---"]),
         f"# {model or 'A language model'}, made smaller",
@@ -152,7 +164,7 @@ def smaller_card(record: dict[str, Any], evaluations: str) -> str:
         f"{record['parameters_before']:,} parameters, {share:.1%} fewer. What goes was chosen by "
         f"mipprune with `{settings['solver']}` on {record['calibration']['windows']} windows of "
         f"{record['calibration']['length']} tokens of {record['calibration']['source']}.{fitted}"
-        f"{gap}",
+        f"{gap}{asked}",
         evaluations,
         "## Use",
         "The model is an ordinary one of its family, and loads like any other.",

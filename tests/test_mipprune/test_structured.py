@@ -318,7 +318,7 @@ def test_a_budget_on_what_can_go():
     for changes, says in (
         ({"parameters": 0.1}, "keep at least"),
         ({"parameters": 1.0}, "outside"),
-        ({"parameters": 0.5, "neurons": 0.5}, "Give either"),
+        ({"parameters": 0.5, "neurons": 0.5}, "Give one of these"),
     ):
         with pytest.raises(InvalidInput, match=says):
             shrink(tiny_model("gpt2"), None, WINDOWS, **changes, **SIZE)
