@@ -224,7 +224,7 @@ def shrink(
         for coupling in couplings:
             found = before_all.pop(coupling.reader.name, None) or chosen(step, coupling)
             kept[coupling.kind] = found.kept
-            _silence(step, coupling, found)
+            silence(step, coupling, found)
             report.add(found.result, found.kept)
         difference = small.put(step.index, block, couplings, kept, step.output)
         report.difference = max(report.difference, difference)
@@ -265,17 +265,17 @@ def _time_again(
         )
 
 
-def _silence(step: BlockStep, coupling: Coupling, found: Chosen) -> None:
+def silence(step: BlockStep, coupling: Coupling, found: Chosen) -> None:
     """Put zeros in place of the groups that go, and the fitted weights in place of the others."""
     rows = len(coupling.reader.weight)
     mask = expand(found.kept[None].cpu(), coupling.of_inputs(), rows)
     step.prune(coupling.reader, mask, found.weight)
     if found.shift is not None:
-        _shift_bias(coupling.reader.module, found.shift)
+        shift_bias(coupling.reader.module, found.shift)
     step.refresh()
 
 
-def _shift_bias(module: nn.Module, shift: torch.Tensor) -> None:
+def shift_bias(module: nn.Module, shift: torch.Tensor) -> None:
     """Add to a layer's bias, which it is given if it lacks one."""
     bias: Any = module.bias
     if bias is None:
