@@ -5,14 +5,18 @@ what was removed and of the weights as written, perplexity and KL divergence to 
 text that nothing was chosen on, proven gaps, parameters, bytes on disk, seconds. Afterwards the
 forward pass of the dense and the smaller models is timed, one against the other.
 
-FLAP here is its uniform variant (published as UL-UM): a plainly loadable model has one number of
-neurons for all blocks. It takes its statistics from the dense model, and has its biases.
+"flap" is its uniform variant (published as UL-UM): a plainly loadable model has one number of
+neurons for all blocks. It takes its statistics from the dense model, and has its biases. "flap,
+adaptive (zeros)" is FLAP as published (AL-AM), with another number in every block and as many in
+all, which no configuration can say: the model keeps its shapes and has zeros. Its counterpart
+chooses the numbers by elimination's curves.
 
 KV groups are removed from the same weights read as a SmolLM3 model, which computes the same; of a
 Llama model transformers wants a number of heads that divides the hidden size.
 
     python benchmarks/structured.py
     python benchmarks/structured.py --removals "neurons 25 %" --methods "wanda_sp;flap" --resume
+    python benchmarks/structured.py --removals "" --prove 0 --latency 0.85 --resume
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adaptive_groups import adapted
 from common import draw, write
 from matplotlib.figure import Figure
 from yardstick import (
@@ -42,13 +47,14 @@ from yardstick import (
 import mipprune
 from mipprune.calibration import Windows
 from mipprune.capture import forward
-from mipprune.structured import Method
+from mipprune.structured import Latency, Method
 
 NO_BIAS = {"bias": "none"}
 METHODS: dict[str, dict[str, Any]] = {
     "wanda_sp": {"method": Method("wanda_sp", "none", "none")},
     "flap": {"method": Method("flap", "none", "add"), "grams": "dense"},
     "flap, propagated": {"method": Method("flap", "none", "add")},
+    "flap, adaptive (zeros)": {"adaptive": "flap"},
     "flap, no bias": {"method": Method("flap", "none", "none"), "grams": "dense"},
     "swap": {"method": Method("swap", "none", "none")},
     "swap + bias": {"method": Method("swap", "none", "add")},
@@ -56,6 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "swap + least squares": {"method": Method("swap", "least_squares", "none")},
     "eliminate + least squares": {"method": Method("eliminate", "least_squares", "none")},
     "eliminate + least squares + bias": {"method": Method("eliminate", "least_squares", "add")},
+    "eliminate + least squares + bias, adaptive (zeros)": {"adaptive": "eliminate"},
 }
 REMOVALS: dict[str, dict[str, float]] = {
     "neurons 20 %": {"neurons": 0.2},
@@ -90,10 +97,29 @@ def loaded(removal: dict[str, float]) -> Any:
     return load_as_smollm() if "kv_groups" in removal else load()
 
 
+def run_adaptive(
+    name: str, removal: dict[str, float], windows: Windows, yard: Yardstick
+) -> dict[str, Any]:
+    """One removal and seed with another number of groups in every block; nothing is smaller."""
+    began = time.process_time()
+    found = adapted(name, loaded(removal), windows, removal)
+    updated = sum(one.updated_loss for one in found.results)
+    return {
+        "loss": sum(one.loss for one in found.results),
+        "updated_loss": updated,
+        "of_wanda_sp": updated / found.loss_wanda_sp,
+        "cpu_seconds": time.process_time() - began,
+        **yard.measure_outputs(found.model),
+        "kept": found.kept,
+    }
+
+
 def run(
     method: dict[str, Any], removal: dict[str, float], windows: Windows, yard: Yardstick
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """One method, one removal, one seed."""
+    if "adaptive" in method:
+        return run_adaptive(method["adaptive"], removal, windows, yard)
     model = loaded(removal)
     size = {"samples": len(windows.tokens), "seqlen": WINDOW, "batch_size": 8}
     began = time.process_time()
@@ -111,6 +137,22 @@ def run(
         "parameters": report.parameters_after,
         "file_bytes": stored,
         "cpu_seconds": seconds,
+        **yard.measure_outputs(smaller.model),
+    }
+
+
+def in_time(latency: Latency, windows: Windows, yard: Yardstick) -> dict[str, Any]:
+    """Counts chosen by the measured time of a pass, and what they do to the model."""
+    size = {"samples": len(windows.tokens), "seqlen": WINDOW, "batch_size": 8}
+    method = METHODS["eliminate + least squares + bias"]
+    smaller = mipprune.shrink(load(), None, windows, latency=latency, **method, **size)
+    report = smaller.report
+    return {
+        **(report.latency or {}),
+        "counts": report.counts,
+        "divergences": report.curves,
+        "parameters": report.parameters_after,
+        "warnings": report.warnings,
         **yard.measure_outputs(smaller.model),
     }
 
@@ -177,8 +219,12 @@ def table(removal: str, dense: float, results: dict[str, Any]) -> str:
             f"| {mean['perplexity']:.3f} ± {mean.get('perplexity_error', math.nan):.3f} "
             f"| {mean['perplexity'] - dense:.3f} "
             f"| {mean['kl']:.4f} ± {mean.get('kl_error', math.nan):.4f} "
-            f"| {mean['parameters'] / 1e6:.3f} M | {mean['file_bytes'] / 1e6:.2f} "
-            f"| {mean['cpu_seconds']:.0f} |"
+            + (
+                f"| {mean['parameters'] / 1e6:.3f} M | {mean['file_bytes'] / 1e6:.2f} "
+                if "parameters" in mean
+                else "| as it was | as it was "
+            )
+            + f"| {mean['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -202,6 +248,8 @@ def main() -> None:
     options.add_argument("--removals", default=",".join(REMOVALS), help="separated by commas")
     options.add_argument("--rounds", type=int, default=12, help="timed forwards per model")
     options.add_argument("--prove", type=float, default=60.0, help="seconds per block; 0: not")
+    options.add_argument("--latency", type=float, help="share of the dense model's time to keep to")
+    options.add_argument("--latency-tokens", type=int, default=256, help="of that pass")
     arguments = options.parse_args()
     windows = windows_for()
     evaluation = windows("evaluation", arguments.evaluate, 0)
@@ -230,7 +278,8 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 calibration = windows("calibration", arguments.samples, seed)
                 runs.append(run(METHODS[name], REMOVALS[removal], calibration, yard))
-            results[name] = {"summary": summary(runs), "runs": runs}
+            figures = [{k: v for k, v in one.items() if k != "kept"} for one in runs]
+            results[name] = {"summary": summary(figures), "runs": runs}
             print(f"{removal}, {name}: {json.dumps(results[name]['summary'])}", flush=True)
             write(arguments.out, "structured", record)
         record["removals"][removal] = {name: results[name] for name in METHODS if name in results}
@@ -242,6 +291,10 @@ def main() -> None:
     if removals and arguments.rounds:
         record["forward"] = forward_seconds(removals, evaluation, arguments.rounds)
         print(json.dumps(record["forward"]))
+    if arguments.latency:
+        latency = Latency(arguments.latency, arguments.latency_tokens)
+        record["latency"] = in_time(latency, windows("calibration", arguments.samples, 0), yard)
+        print(json.dumps(record["latency"]))
     found = record["removals"]
     record["removals"] = {name: found[name] for name in REMOVALS if name in found}
     write(arguments.out, "structured", record)

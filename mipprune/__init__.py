@@ -26,7 +26,7 @@ from .observer import Observer
 from .prune import layer_problem, prune
 from .record import LayerResult, PruneReport
 from .rules import Rules
-from .structured import Method, ShrinkReport, Shrunk, save_smaller, shrink
+from .structured import Latency, Method, ShrinkReport, Shrunk, shrink
 from .surrogate import Surrogate
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Choice",
     "Estimate",
     "InvalidInput",
+    "Latency",
     "LayerResult",
     "LayerStep",
     "LoadedModel",
@@ -56,7 +57,6 @@ __all__ = [
     "perplexity",
     "prune",
     "save",
-    "save_smaller",
     "shrink",
     "side_by_side",
     "zero_pattern",

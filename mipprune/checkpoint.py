@@ -1,4 +1,4 @@
-"""A pruned model on disk: plain safetensors, the tokenizer, packed masks, and the record."""
+"""A model on disk: plain safetensors, the tokenizer, packed masks, and the record."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from solvers import InvalidInput
 from solvers.files import replaced_on_success, to_disk
 
-from .record import pack, unpack
+from .record import PruneReport, pack, unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .record import PruneReport
+    from .record import Record
 
-MASKS_FILE = "masks.safetensors"
+MASKS_FILE = PruneReport.masks_file
 RECORD_FILE = "mipprune.json"
 TIMINGS_FILE = "timings.json"
 
@@ -44,25 +44,30 @@ def save(
     out: str | Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    report: PruneReport,
+    report: Record,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a pruned model that plain transformers loads.
+    """Write a pruned or smaller model that plain transformers loads.
 
     Parameters
     ----------
     out
         A folder that does not exist; it appears when everything is written.
     model
-        Pruned; it is converted in place to ``dtype``.
+        It is converted in place to ``dtype``.
     tokenizer
         Saved beside it.
     report
-        The record, saved as `RECORD_FILE` with a card and a report for people, and the masks,
-        one bit per weight.
+        The record (a `PruneReport` or a `ShrinkReport`), saved as `RECORD_FILE` with a card for
+        people, and its masks, one bit per entry.
     dtype
         Type of the stored weights; None leaves the model's. The type that the model was stored
-        in is exact, since pruning changes no weight but to zero.
+        in is exact where weights change only to zero.
+
+    Raises
+    ------
+    InvalidInput
+        If there is something at ``out`` already.
     """
     with replaced_on_success(check_new(out)) as folder:
         folder.mkdir()
@@ -70,8 +75,8 @@ def save(
         save_beside(folder, tokenizer, report)
 
 
-def save_beside(folder: Path, tokenizer: PreTrainedTokenizerBase, report: PruneReport) -> None:
-    """Write what a pruned model's folder holds beside the weights.
+def save_beside(folder: Path, tokenizer: PreTrainedTokenizerBase, report: Record) -> None:
+    """Write what a model's folder holds beside the weights.
 
     Times have a file of their own, so that all others of an interrupted and resumed run are what
     they would have been.
@@ -79,7 +84,7 @@ def save_beside(folder: Path, tokenizer: PreTrainedTokenizerBase, report: PruneR
     from .results import write_results
 
     tokenizer.save_pretrained(folder)
-    save_masks(folder / MASKS_FILE, report.masks)
+    save_masks(folder / report.masks_file, report.masks)
     write_json(folder / RECORD_FILE, report.to_dict())
     write_json(folder / TIMINGS_FILE, report.timings())
     write_results(folder, report.to_dict())

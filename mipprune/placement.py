@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -51,6 +51,9 @@ class Placement:
 
     def keep(self, index: int) -> None:
         """Make the changes to block ``index`` permanent, while it is on the device."""
+
+    def settle(self) -> None:
+        """Wait until no other block is on its way to the device, so that none disturbs a timing."""
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -112,6 +115,10 @@ class _Streamed(Placement, ABC):
                 stack.callback(before.remove)
                 stack.callback(after.remove)
             yield
+
+    def settle(self) -> None:
+        if self._coming is not None:
+            wait([self._coming[1]])
 
     def _load(self, index: int) -> None:
         self._uses[index] += 1

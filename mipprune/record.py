@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +147,28 @@ def mask_digest(masks: Masks) -> str:
     return digest.hexdigest()
 
 
+class Record(Protocol):
+    """What a run tells of itself, as `mipprune.save` writes it.
+
+    Attributes
+    ----------
+    masks_file
+        Name of the file that the masks are packed in.
+    """
+
+    masks_file: ClassVar[str]
+
+    @property
+    def masks(self) -> Masks:
+        """What is kept, by layer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without masks and times."""
+
+    def timings(self) -> dict[str, Any]:
+        """JSON-ready times."""
+
+
 @dataclass(frozen=True)
 class PrunedLayer:
     """A finished layer.
@@ -172,6 +194,8 @@ class PrunedLayer:
 @dataclass
 class PruneReport:
     """Everything needed to repeat a run and to judge it."""
+
+    masks_file: ClassVar[str] = "masks.safetensors"
 
     settings: dict[str, Any]
     calibration: dict[str, Any]

@@ -66,6 +66,14 @@ def shrink_table(report: ShrinkReport) -> Table:
             f"{sum(one.relative_error for one in layers) / len(layers):.2%}",
             f"{max(gaps):.2%}" if len(gaps) == len(layers) else "–",
         )
+    if report.latency is not None:
+        time, measured = report.latency, report.latency["measured"]
+        least, most = measured["interval"]
+        table.caption = (
+            f"A pass of {time['batch']} x {time['tokens']} tokens takes {measured['of_dense']:.3f} "
+            f"({least:.3f} to {most:.3f}) of the dense model's time, measured again; asked for: at "
+            f"most {time['share']}."
+        )
     return table
 
 

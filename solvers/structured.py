@@ -57,7 +57,7 @@ def input_groups(
         If the layer is not a valid one, or a group is empty, or the pattern does not fit.
     """
     layer = MaskProblem(weight, gram, PerRow(keep=0))
-    group = _group_of_each(groups, layer.shape[1]).to(layer.device)
+    group = group_of_each(groups, layer.shape[1]).to(layer.device)
     count = int(group.max()) + 1
 
     dense = layer.weight.double()
@@ -114,7 +114,7 @@ def expand(mask: ArrayLike, groups: int | ArrayLike, rows: int = 1) -> Tensor:
         )
     count = mask.shape[1]
     d = groups * count if isinstance(groups, int) else len(groups)
-    group = _group_of_each(groups, d).to(mask.device)
+    group = group_of_each(groups, d).to(mask.device)
     if int(group.max()) + 1 != count:
         raise InvalidInput(f"The mask has {count} groups where {int(group.max()) + 1} are named.")
     return mask[:, group].repeat(rows, 1)
@@ -150,12 +150,12 @@ def flap(
     middle = torch.as_tensor(mean).double().to(layer.device)
     variance = (layer.gram.double().diagonal() - middle.square()).clamp(min=0.0)
     score = variance * layer.weight.double().square().sum(dim=0)
-    group = _group_of_each(groups, layer.shape[1])
+    group = group_of_each(groups, layer.shape[1])
     return _summed_over(score if len(group) == int(group.max()) + 1 else score.square(), group)
 
 
 def _summed_over(score: Tensor, groups: int | ArrayLike) -> Tensor:
-    group = _group_of_each(groups, len(score)).to(score.device)
+    group = group_of_each(groups, len(score)).to(score.device)
     return score.new_zeros(int(group.max()) + 1).index_add_(0, group, score)
 
 
@@ -302,7 +302,7 @@ class _Fit:
         self, weight: ArrayLike, gram: ArrayLike, groups: int | ArrayLike, damping: float
     ) -> None:
         layer = MaskProblem(weight, gram, PerRow(keep=0))
-        group = _group_of_each(groups, layer.shape[1]).to(layer.device)
+        group = group_of_each(groups, layer.shape[1]).to(layer.device)
         count = int(group.max()) + 1
         members = group.argsort(stable=True).view(count, -1) if len(group) % count == 0 else None
         if members is None or not bool((group[members] == group[members[:, :1]]).all()):
@@ -438,7 +438,7 @@ def parameter_budget(
     return Linear(np.stack(matrix), lower, upper, names=names)
 
 
-def _group_of_each(groups: int | ArrayLike, d: int) -> Tensor:
+def group_of_each(groups: int | ArrayLike, d: int) -> Tensor:
     """Group of each of ``d`` inputs, long ``[d]``, or `InvalidInput`."""
     if isinstance(groups, int):
         if groups < 1 or d % groups:

@@ -51,6 +51,18 @@ def shrink(
             "by what it does to the model."
         ),
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of these: share of the dense model's time that a forward pass may take, "
+            "measured here. A repeat may then choose other numbers; recipe.yaml names those that "
+            "were chosen."
+        ),
+    ] = None,
+    latency_tokens: Annotated[
+        int, typer.Option(help="Tokens of that pass; 1 is a step of decoding without a cache.")
+    ] = 256,
+    latency_batch: Annotated[int, typer.Option(help="Sequences at a time in that pass.")] = 1,
     multiple_of: Annotated[
         int, typer.Option(help="Round the number of neurons left up to a multiple of this.")
     ] = 1,
@@ -99,6 +111,7 @@ def shrink(
     from ..report import shrink_table
     from ..structured.choice import Method
     from ..structured.job import shrink_to_folder
+    from ..structured.latency import Latency
 
     method = Method(
         solver,
@@ -124,6 +137,7 @@ def shrink(
             neurons=neurons,
             kv_groups=kv_groups,
             parameters=parameters,
+            latency=None if latency is None else Latency(latency, latency_tokens, latency_batch),
             method=method,
             multiple_of=multiple_of,
             grams=grams,

@@ -1,7 +1,8 @@
 """Structured pruning: neurons and attention groups removed, the model smaller."""
 
 from .choice import GroupResult, Method
-from .report import ShrinkReport, save_smaller
+from .latency import Latency
+from .report import ShrinkReport
 from .shrink import Shrunk, shrink
 
-__all__ = ["GroupResult", "Method", "ShrinkReport", "Shrunk", "save_smaller", "shrink"]
+__all__ = ["GroupResult", "Latency", "Method", "ShrinkReport", "Shrunk", "shrink"]

@@ -1,6 +1,7 @@
-"""How many neurons and how many KV groups go, when only the number of parameters is given.
+"""How many neurons and how many KV groups go, when only the model's parameters or time are given.
 
-Every block has the same counts, so there are two numbers to choose. What a count costs is read off
+Every block has the same counts, so there are two numbers to choose. What a count saves is counted
+(`Parameters`) or measured (`mipprune.structured.latency`). What it costs is read off
 one elimination per block (`solvers.structured.elimination_curve`), which gives the loss at every
 count at once; losses of neurons and of attention groups are made comparable by what they do to the
 model: the KL divergence of the next-token distribution with one kind removed from all blocks, per
@@ -10,10 +11,11 @@ knapsack, solved exactly (`solvers.knapsack`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +23,19 @@ from solvers import InvalidInput
 from solvers.knapsack import choose
 from solvers.structured import elimination_curve, expand, refitted
 
-from ..folder import build_empty
 from ..loss_curves import Divergence
 from ..models import PrunableLayer
 from ..placement import Placement
-from .coupling import WORDS, Coupling, Kind, find_structure, group_count, smaller_config
+from .coupling import (
+    WORDS,
+    Kind,
+    Options,
+    empty_model,
+    find_structure,
+    group_count,
+    smaller_config,
+)
+from .latency import Latency, check_reachable, needed, time_curves
 
 if TYPE_CHECKING:
     from ..walk import BlockWalk
@@ -66,10 +76,117 @@ class Curve:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Savings:
+    """What has to be saved, and what counts save, in whole units.
+
+    Attributes
+    ----------
+    target
+        At least.
+    amounts
+        By kind: of each count considered.
+    measured
+        What decided, if it was measured; for the record.
+    """
+
+    target: int
+    amounts: dict[Kind, list[int]]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A share of the model's parameters to keep at most.
+
+    Parameters
+    ----------
+    share
+        In (0, 1).
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise InvalidInput(f"Share {self.share} of the parameters is outside (0, 1).")
+
+    def savings(self, model: Any, options: dict[Kind, Options], add_biases: bool) -> Savings:
+        """In parameters; biases that will be added have to be saved besides.
+
+        Raises
+        ------
+        InvalidInput
+            If not so many can go.
+        """
+        total = sum(one.numel() for one in model.parameters())
+        target = total - int(total * self.share) + (_added(model) if add_biases else 0)
+        each = {kind: _parameters(model, one) for kind, one in options.items()}
+        amounts = {
+            kind: [each[kind] * (one.counts[0] - count) for count in one.counts]
+            for kind, one in options.items()
+        }
+        most = sum(of_kind[-1] for of_kind in amounts.values())
+        if target > most:
+            raise InvalidInput(
+                f"At most {most / total:.1%} of the parameters can go with the "
+                f"{' and '.join(WORDS[kind] for kind in options)}; keep at least "
+                f"{1 - most / total:.3f}."
+            )
+        return Savings(target, amounts)
+
+
+def time_savings(
+    placement: Placement, tokens: Tensor, options: dict[Kind, Options], latency: Latency
+) -> Savings:
+    """What a bound on the time of a pass asks for, measured.
+
+    Parameters
+    ----------
+    placement
+        Holds the model.
+    tokens
+        int64, of any text.
+    options
+        Counts to consider.
+    latency
+        The bound.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot be reached, or the model has too few positions.
+    """
+    found = time_curves(placement, latency.sequences(tokens, placement.model), options, latency)
+    amounts = {kind: found.parts(kind, one.counts) for kind, one in options.items()}
+    most = sum(of_kind[-1] for of_kind in amounts.values())
+    check_reachable(latency, most, list(options))
+    return Savings(needed(latency.share), amounts, found.to_dict())
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Counts that were chosen, and by what.
+
+    Attributes
+    ----------
+    counts
+        Groups to keep, of the kinds that lose some.
+    curves
+        What each count costs.
+    measured
+        See `Savings`.
+    """
+
+    counts: dict[Kind, int]
+    curves: list[Curve]
+    measured: dict[str, Any]
+
+
 @torch.no_grad()
 def counts_within(
     placement: Placement,
-    share: float,
+    budget: Parameters | Latency,
     walk: Callable[[set[str]], BlockWalk],
     probe: Tensor,
     batch_size: int,
@@ -77,19 +194,19 @@ def counts_within(
     multiple_of: int = 1,
     damping: float = 1e-2,
     add_biases: bool = False,
-) -> tuple[dict[Kind, int], list[Curve]]:
-    """Counts that keep at most a share of the model's parameters, at the least cost.
+) -> Decision:
+    """Counts that keep a model within a budget, at the least cost.
 
     Parameters
     ----------
     placement
         The model; it is left as it was.
-    share
-        Of its parameters to keep at most, in (0, 1).
+    budget
+        On its parameters or its time.
     walk
         Makes a walk over the dense blocks that watches the layers named.
     probe
-        int64 ``[windows, length]``, for the divergences.
+        int64 ``[windows, length]``, for the divergences and for a pass to time.
     batch_size
         Windows per forward of them.
     multiple_of
@@ -99,48 +216,32 @@ def counts_within(
     add_biases
         Whether the smaller model will have biases that this one lacks.
 
-    Returns
-    -------
-    counts : dict
-        Groups to keep, of the kinds that lose some.
-    curves : list of Curve
-        What was measured.
-
     Raises
     ------
     InvalidInput
         If neither kind can be removed, or not so many of them.
     """
     model: Any = placement.model
-    if not 0 < share < 1:
-        raise InvalidInput(f"Share {share} of the parameters is outside (0, 1).")
-    total = sum(one.numel() for one in model.parameters())
-    target = total - int(total * share) + (_added(model) if add_biases else 0)
-    options: dict[Kind, list[int]] = {}
-    couplings: dict[Kind, list[Coupling]] = {}
-    refusals = []
-    for kind in get_args(Kind):
-        try:
-            options[kind] = _counts(model.config, kind, multiple_of)
-            structure = find_structure(model, placement.blocks_name, {kind: options[kind][-1]})
-        except InvalidInput as error:
-            refusals.append(str(error))
-            continue
-        couplings[kind] = [one for block in structure.couplings for one in block]
-    if not couplings:
-        raise InvalidInput(" ".join(refusals))
-    each = {kind: _parameters(model, of_kind) for kind, of_kind in couplings.items()}
-    most = sum(each[kind] * (options[kind][0] - options[kind][-1]) for kind in couplings)
-    if target > most:
-        raise InvalidInput(
-            f"At most {most / total:.1%} of the parameters can go with the "
-            f"{' and '.join(WORDS[kind] for kind in couplings)}; keep at least "
-            f"{1 - most / total:.3f}."
-        )
-    anchors = {kind: _anchor(options[kind], target / each[kind]) for kind in couplings}
-    losses = {kind: torch.zeros(options[kind][0] + 1, dtype=torch.float64) for kind in couplings}
-    weights: dict[Kind, list[tuple[PrunableLayer, Tensor]]] = {kind: [] for kind in couplings}
-    readers = {one.reader.name: one for of_kind in couplings.values() for one in of_kind}
+    options = _options(model, placement.blocks_name, multiple_of)
+    savings = (
+        budget.savings(model, options, add_biases)
+        if isinstance(budget, Parameters)
+        else time_savings(placement, probe, options, budget)
+    )
+    anchors = {
+        kind: _anchor(one.counts, savings.amounts[kind], savings.target)
+        for kind, one in options.items()
+    }
+    losses = {
+        kind: torch.zeros(one.counts[0] + 1, dtype=torch.float64) for kind, one in options.items()
+    }
+    weights: dict[Kind, list[tuple[PrunableLayer, Tensor]]] = {kind: [] for kind in options}
+    readers = {
+        one.reader.name: one
+        for of_kind in options.values()
+        for block in of_kind.couplings
+        for one in block
+    }
     for step in walk(set(readers)):
         for one in (readers[layer.name] for layer in step.layers if layer.name in readers):
             gram, groups = step.grams.gram(one.reader).matrix, one.of_inputs()
@@ -153,19 +254,38 @@ def counts_within(
             weights[one.kind].append((one.reader, new.to(one.reader.weight.dtype).cpu()))
     divergence = Divergence(placement, probe, batch_size)
     curves = []
-    for kind in couplings:
+    for kind, considered in options.items():
         measured = divergence.of_all(weights[kind])
         anchor_loss = float(losses[kind][anchors[kind]])
         scale = measured / anchor_loss if anchor_loss > 0 else 0.0
-        costs = tuple(scale * float(losses[kind][count]) for count in options[kind])
-        curves.append(Curve(kind, each[kind], measured, anchors[kind], tuple(options[kind]), costs))
+        costs = tuple(scale * float(losses[kind][count]) for count in considered.counts)
+        each = _parameters(model, considered)
+        curves.append(Curve(kind, each, measured, anchors[kind], considered.counts, costs))
     chosen = choose(
         [one.costs for one in curves],
-        [[one.parameters * (one.counts[0] - count) for count in one.counts] for one in curves],
-        target,
+        [savings.amounts[one.kind] for one in curves],
+        savings.target,
     )
     counts = {one.kind: one.counts[index] for one, index in zip(curves, chosen, strict=True)}
-    return {kind: left for kind, left in counts.items() if left < options[kind][0]}, curves
+    lost = {kind: left for kind, left in counts.items() if left < options[kind].counts[0]}
+    return Decision(lost, curves, savings.measured)
+
+
+def _options(model: Any, blocks_name: str, multiple_of: int) -> dict[Kind, Options]:
+    """What can be removed; `InvalidInput` if nothing can."""
+    options: dict[Kind, Options] = {}
+    refusals = []
+    for kind in get_args(Kind):
+        try:
+            counts = _counts(model.config, kind, multiple_of)
+            structure = find_structure(model, blocks_name, {kind: counts[-1]})
+        except InvalidInput as error:
+            refusals.append(str(error))
+            continue
+        options[kind] = Options(tuple(counts), structure.couplings)
+    if not options:
+        raise InvalidInput(" ".join(refusals))
+    return options
 
 
 def _counts(config: Any, kind: Kind, multiple_of: int) -> list[int]:
@@ -188,21 +308,21 @@ def _counts(config: Any, kind: Kind, multiple_of: int) -> list[int]:
 
 def _added(model: Any) -> int:
     """Parameters of all biases that the configuration can add; no fewer than will be added."""
-    built = build_empty(smaller_config(model.config, {}, get_args(Kind)), model.dtype)
+    built = empty_model(model, {}, get_args(Kind))
     there = {name for name, _ in model.named_parameters()}
     return sum(one.numel() for name, one in built.named_parameters() if name not in there)
 
 
-def _parameters(model: Any, couplings: list[Coupling]) -> int:
+def _parameters(model: Any, options: Options) -> int:
     """Parameters of one group, summed over the blocks."""
     total = 0
-    for one in couplings:
+    for one in (one for block in options.couplings for one in block):
         block = model.get_submodule(one.block_name)
         total += sum(block.get_parameter(name).numel() for name in one.parts) // one.count
     return total
 
 
-def _anchor(counts: list[int], wanted: float) -> int:
+def _anchor(counts: Sequence[int], amounts: Sequence[int], target: int) -> int:
     """The count nearest to the one that would do alone, but at least half of the groups."""
-    aim = max(counts[0] - wanted, counts[0] / 2)
+    aim = max(float(np.interp(target, amounts, counts)), counts[0] / 2)
     return min(counts[1:], key=lambda count: abs(count - aim))

@@ -113,6 +113,22 @@ class Coupling:
         return tensor.index_select(dim, held.to(tensor.device))
 
 
+@dataclass(frozen=True)
+class Options:
+    """Numbers of groups of one kind that could be left in every block.
+
+    Attributes
+    ----------
+    counts
+        The whole first; a configuration can say each of them.
+    couplings
+        By block; those without such groups have none.
+    """
+
+    counts: tuple[int, ...]
+    couplings: list[list[Coupling]]
+
+
 def group_count(config: PretrainedConfig, kind: Kind) -> int:
     """How many groups every block has, by the configuration.
 
@@ -248,9 +264,9 @@ def find_structure(
     family = model.config.model_type
     for kind in get_args(Kind):
         if kind in counts:
-            alone = _built(smaller_config(model.config, {kind: counts[kind]}), model)
+            alone = empty_model(model, {kind: counts[kind]})
             _find(model, alone, blocks_name, kind, counts[kind], found)
-    smaller = _built(smaller_config(model.config, counts, biases), model)
+    smaller = empty_model(model, counts, biases)
     old, new = _shapes(model), _shapes(smaller)
     added = tuple(name for name in new if name not in old)
     if any(not name.endswith(".bias") for name in added) or set(old) - set(new):
@@ -267,9 +283,13 @@ def find_structure(
     return Structure(smaller, found, added)
 
 
-def _built(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+def empty_model(
+    model: PreTrainedModel, counts: dict[Kind, int], biases: tuple[Kind, ...] = ()
+) -> PreTrainedModel:
+    """The model with other counts, parameters on the meta device; see `smaller_config`."""
+    config = smaller_config(model.config, counts, biases)
     try:
-        return build_empty(config, like.dtype)
+        return build_empty(config, model.dtype)
     except NotStreamable as error:
         reason = " ".join(str(error.__cause__).split())
         raise InvalidInput(

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import check_new
+from ..checkpoint import check_new, save
 from ..observer import Observer
 from ..opening import Source
-from .report import ShrinkReport, save_smaller
-from .shrink import shrink
+from .report import ShrinkReport
+from .shrink import share_removed, shrink
 
 if TYPE_CHECKING:
     from ..calibration import Windows
@@ -63,7 +63,15 @@ def shrink_to_folder(
         calibration=calibration if isinstance(calibration, str) else None,
         dtype=source.dtype,
     )
-    report.recipe = recipe or {}
+    report.recipe = _repeatable(recipe or {}, report)
     observer.phase("writing")
-    save_smaller(out, shrunk.model, opened.tokenizer, report, opened.stored_dtype)
+    save(out, shrunk.model, opened.tokenizer, report, opened.stored_dtype)
     return report
+
+
+def _repeatable(recipe: dict[str, Any], report: ShrinkReport) -> dict[str, Any]:
+    """The options that give the same again: measured times do not, the counts chosen by them do."""
+    if report.latency is None:
+        return recipe
+    same = {name: value for name, value in recipe.items() if not name.startswith("latency")}
+    return same | {str(kind): share_removed(*counts) for kind, counts in report.counts.items()}

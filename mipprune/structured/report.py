@@ -1,35 +1,17 @@
-"""What making a model smaller did: the record, the model card, and the folder."""
+"""What making a model smaller did: the record and the model card."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from solvers.files import replaced_on_success
-
-from ..checkpoint import (
-    RECORD_FILE,
-    TIMINGS_FILE,
-    check_new,
-    save_masks,
-    write_json,
-)
+from ..checkpoint import RECORD_FILE
 from ..record import PackedMasks, mask_digest
 from .choice import GroupResult
 from .coupling import WORDS, Kind
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-GROUPS_FILE = "groups.safetensors"
-"""Kept groups of every block, one bit each, by the layer that reads them."""
-
-CARD_FILE = "README.md"
 
 
 @dataclass
@@ -46,14 +28,19 @@ class ShrinkReport:
         Of the whole model, tied ones once.
     curves
         What each count costs, where a budget decided; see `mipprune.structured.budget.Curve`.
+    latency
+        Where the time of a pass was bound: what each count saves as it was measured, which decided,
+        and the smaller model's time, measured afterwards (`mipprune.structured.latency`).
     layers
         One result per block and kind.
-    kept
-        By reader: bool ``[1, K]``, True = keep.
+    masks
+        Groups by the layer that reads them: bool ``[1, K]``, True = keep.
     difference
         Largest difference between a smaller block's outputs and those of the block with zeros, as
         a share of the largest output.
     """
+
+    masks_file: ClassVar[str] = "groups.safetensors"
 
     settings: dict[str, Any]
     calibration: dict[str, Any]
@@ -62,8 +49,9 @@ class ShrinkReport:
     parameters_before: int
     parameters_after: int = 0
     curves: list[dict[str, Any]] = field(default_factory=list)
+    latency: dict[str, Any] | None = None
     layers: list[GroupResult] = field(default_factory=list)
-    kept: PackedMasks = field(default_factory=PackedMasks)
+    masks: PackedMasks = field(default_factory=PackedMasks)
     difference: float = 0.0
     warnings: list[str] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +60,7 @@ class ShrinkReport:
     def add(self, result: GroupResult, kept: Tensor) -> None:
         """Take in a finished layer."""
         self.layers.append(result)
-        self.kept[result.name] = kept[None]
+        self.masks[result.name] = kept[None]
 
     @property
     def loss(self) -> float:
@@ -98,7 +86,7 @@ class ShrinkReport:
     @property
     def mask_hash(self) -> str:
         """SHA-256 over the kept groups of all readers."""
-        return mask_digest(self.kept)
+        return mask_digest(self.masks)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready record, without the kept groups themselves and without times."""
@@ -113,6 +101,7 @@ class ShrinkReport:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "curves": self.curves,
+            "latency": self.latency,
             "loss": self.loss,
             "updated_loss": self.updated_loss,
             "loss_wanda_sp": self.loss_wanda_sp,
@@ -130,45 +119,6 @@ class ShrinkReport:
             "seconds": self.seconds,
             "layers": {one.name: one.seconds for one in self.layers},
         }
-
-
-def save_smaller(
-    out: str | Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    report: ShrinkReport,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a smaller model that plain transformers loads, with its record and card.
-
-    Parameters
-    ----------
-    out
-        A folder that does not exist; it appears when everything is written.
-    model
-        It is converted in place to ``dtype``.
-    tokenizer
-        Saved beside it.
-    report
-        Its record.
-    dtype
-        Type of the stored weights; None leaves the model's.
-
-    Raises
-    ------
-    InvalidInput
-        If there is something at ``out`` already.
-    """
-    from ..results import write_results
-
-    with replaced_on_success(check_new(out)) as folder:
-        folder.mkdir()
-        model.to(dtype or model.dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        save_masks(folder / GROUPS_FILE, report.kept)
-        write_json(folder / RECORD_FILE, report.to_dict())
-        write_json(folder / TIMINGS_FILE, report.timings())
-        write_results(folder, report.to_dict())
 
 
 def smaller_card(record: dict[str, Any], evaluations: str) -> str:
@@ -200,6 +150,13 @@ def smaller_card(record: dict[str, Any], evaluations: str) -> str:
         if record["gap"] is not None
         else ""
     )
+    latency = settings.get("latency")
+    asked = (
+        f" A forward pass of {latency['batch']} x {latency['tokens']} tokens was to take at most "
+        f"{latency['share']} of the large model's time on {record['environment']['device']}."
+        if latency
+        else ""
+    )
     parts = [
         "\n".join([*head, "---"]),
         f"# {model or 'A language model'}, made smaller",
@@ -207,14 +164,14 @@ def smaller_card(record: dict[str, Any], evaluations: str) -> str:
         f"{record['parameters_before']:,} parameters, {share:.1%} fewer. What goes was chosen by "
         f"mipprune with `{settings['solver']}` on {record['calibration']['windows']} windows of "
         f"{record['calibration']['length']} tokens of {record['calibration']['source']}.{fitted}"
-        f"{gap}",
+        f"{gap}{asked}",
         evaluations,
         "## Use",
         "The model is an ordinary one of its family, and loads like any other.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")\n```',
-        f"`{GROUPS_FILE}` holds which groups of the original are left, one bit each "
+        f"`{ShrinkReport.masks_file}` holds which groups of the original are left, one bit each "
         f"(`mipprune.load_masks` reads that file), `{RECORD_FILE}` the record of the run with all "
         f"versions and hashes. Hash of the groups: `{record['mask_hash']}`.",
     ]

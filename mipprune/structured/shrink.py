@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,13 +18,14 @@ from solvers.structured import expand
 from ..calibration import Windows, window_length
 from ..estimate import choose_batch
 from ..observer import Observer
-from ..placement import FromFolder, Placement
+from ..placement import FromFolder, FromHost, Placement
 from ..prune import calibration_windows, model_environment
 from ..surrogate import Inputs
 from ..walk import HOST_BYTES, BlockStep, BlockWalk
-from .budget import Curve, counts_within
+from .budget import Decision, Parameters, counts_within
 from .choice import Chosen, Method, choose
 from .coupling import WORDS, Coupling, Kind, Structure, find_structure, group_count
+from .latency import Latency, compared
 from .report import ShrinkReport
 from .smaller import Kept, Smaller
 
@@ -54,6 +55,7 @@ def shrink(
     neurons: float = 0.0,
     kv_groups: float = 0.0,
     parameters: float | None = None,
+    latency: Latency | None = None,
     method: Method | None = None,
     multiple_of: int = 1,
     grams: Grams = "pruned",
@@ -85,6 +87,9 @@ def shrink(
     parameters
         In place of both: share of the whole model's parameters to keep at most, in (0, 1). How many
         neurons and KV groups go is then chosen by `mipprune.structured.budget`.
+    latency
+        In place of these: the time of a forward pass. It is measured here and now, so that a
+        repeat may choose other counts; the report's say which were chosen.
     method
         How groups are chosen and weights fitted; None for the default one.
     multiple_of
@@ -100,7 +105,8 @@ def shrink(
     ------
     InvalidInput
         If a share or a name is wrong, if the model's family cannot say that it has fewer groups or
-        is not understood (the sentence says which), or if the text cannot be worked with.
+        is not understood (the sentence says which), if a budget cannot be kept, or if the text
+        cannot be worked with.
     """
     observer, method = observer or Observer(), method or Method()
     began = time.perf_counter()
@@ -109,12 +115,16 @@ def shrink(
     placement = placement or Placement(model, blocks)
     if isinstance(placement, FromFolder):
         raise InvalidInput("A model that is read block by block cannot be made smaller; load it.")
-    counts: dict[Kind, int] = {}
-    if parameters is None:
-        counts = counts_left(model, neurons, kv_groups, multiple_of)
-        _structure(placement, counts, method)  # refused before the text is read
-    elif neurons or kv_groups:
-        raise InvalidInput("Give either a share of the parameters to keep or shares to remove.")
+    if sum([bool(neurons or kv_groups), parameters is not None, latency is not None]) > 1:
+        raise InvalidInput(
+            "Give one of these: shares to remove, a share of the parameters to keep, or a share "
+            "of the time to take."
+        )
+    budget = latency if parameters is None else Parameters(parameters)
+    decision = Decision({}, [], {})
+    if budget is None:
+        decision = replace(decision, counts=counts_left(model, neurons, kv_groups, multiple_of))
+        _structure(placement, decision.counts, method)  # refused before the text is read
     model.eval()
     observer.phase("calibration text")
     windows = calibration_windows(model, tokenizer, calibration, samples, seqlen, seed, token_cache)
@@ -133,11 +143,11 @@ def shrink(
             watched=watched,
         )
 
-    curves: list[Curve] = []
-    if parameters is not None:
-        counts, curves = counts_within(
+    if budget is not None:
+        observer.phase("what counts save")
+        decision = counts_within(
             placement,
-            parameters,
+            budget,
             partial(walk, propagate=False),
             windows.tokens[:PROBE],
             batch_size,
@@ -145,6 +155,7 @@ def shrink(
             damping=method.damping,
             add_biases=method.bias == "add",
         )
+    counts = decision.counts
     structure = _structure(placement, counts, method)
     watched = {one.reader.name for block in structure.couplings for one in block}
     before = number_of_parameters(model)
@@ -158,6 +169,7 @@ def shrink(
             "neurons": neurons,
             "kv_groups": kv_groups,
             "parameters": parameters,
+            "latency": None if latency is None else latency.to_dict(),
             "multiple_of": multiple_of,
             **method.to_dict(),
             "grams": grams,
@@ -177,7 +189,7 @@ def shrink(
         environment=model_environment(model, placement.device),
         counts={kind: (group_count(model.config, kind), left) for kind, left in counts.items()},
         parameters_before=before,
-        curves=[one.to_dict() for one in curves],
+        curves=[one.to_dict() for one in decision.curves],
     )
 
     if len(windows.tokens) < samples:
@@ -212,28 +224,58 @@ def shrink(
         for coupling in couplings:
             found = before_all.pop(coupling.reader.name, None) or chosen(step, coupling)
             kept[coupling.kind] = found.kept
-            _silence(step, coupling, found)
+            silence(step, coupling, found)
             report.add(found.result, found.kept)
         difference = small.put(step.index, block, couplings, kept, step.output)
         report.difference = max(report.difference, difference)
         observer.phase(f"{step.index}: outputs")
     made = small.finish(model)
     report.parameters_after = number_of_parameters(made)
+    if latency is not None:
+        observer.phase("time of a pass")
+        report.latency = decision.measured
+        _time_again(placement, made, windows.tokens, latency, report)
     report.seconds = time.perf_counter() - began
     return Shrunk(made, report)
 
 
-def _silence(step: BlockStep, coupling: Coupling, found: Chosen) -> None:
+def _time_again(
+    placement: Placement,
+    made: PreTrainedModel,
+    text: torch.Tensor,
+    latency: Latency,
+    report: ShrinkReport,
+) -> None:
+    """Report the smaller model's time beside that of the large one, and what was asked for."""
+    model, device = placement.model, placement.device
+    small = (
+        Placement(made, placement.blocks_name)
+        if type(placement) is Placement
+        else FromHost(made, device, placement.blocks_name)
+    )
+    found = compared(placement, small, latency.sequences(text, model), latency)
+    for buffer in made.buffers():
+        buffer.data = buffer.data.to(_home(placement))
+    report.latency = {**(report.latency or {}), **latency.to_dict(), "measured": found.to_dict()}
+    least, most = found.interval
+    if least > latency.share:
+        report.warnings.append(
+            f"A pass takes {found.ratio:.3f} ({least:.3f} to {most:.3f}) of the dense model's "
+            f"time, more than the {latency.share} that was asked for; ask for less."
+        )
+
+
+def silence(step: BlockStep, coupling: Coupling, found: Chosen) -> None:
     """Put zeros in place of the groups that go, and the fitted weights in place of the others."""
     rows = len(coupling.reader.weight)
     mask = expand(found.kept[None].cpu(), coupling.of_inputs(), rows)
     step.prune(coupling.reader, mask, found.weight)
     if found.shift is not None:
-        _shift_bias(coupling.reader.module, found.shift)
+        shift_bias(coupling.reader.module, found.shift)
     step.refresh()
 
 
-def _shift_bias(module: nn.Module, shift: torch.Tensor) -> None:
+def shift_bias(module: nn.Module, shift: torch.Tensor) -> None:
     """Add to a layer's bias, which it is given if it lacks one."""
     bias: Any = module.bias
     if bias is None:
@@ -279,6 +321,16 @@ def counts_left(
             "groups, or of both."
         )
     return counts
+
+
+def share_removed(count: int, left: int) -> float:
+    """A share, of few digits, that leaves ``left`` of ``count`` groups in `counts_left`."""
+    gone, scale = count - left, 10_000
+    share = math.ceil(gone / count * scale) / scale
+    while int(count * share) != gone:
+        scale *= 10
+        share = math.ceil(gone / count * scale) / scale
+    return share
 
 
 def number_of_parameters(model: nn.Module) -> int:

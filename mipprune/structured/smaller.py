@@ -145,16 +145,7 @@ class Smaller:
         self, index: int, block: nn.Module, couplings: Sequence[Coupling], kept: Kept
     ) -> nn.Module:
         made: nn.Module = self._blocks[index]
-        state = dict(block.state_dict())
-        for one in couplings:
-            for name in one.parts:
-                state[name] = one.cut(name, state[name], kept[one.kind])
-        like = next(iter(state.values()))
-        for name, parameter in made.named_parameters():
-            if name not in state:  # a bias that the configuration brings along
-                state[name] = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
-        made.load_state_dict(state, assign=True)
-        return made.to(like.device)
+        return cut_block(made, block, couplings, kept)
 
     def finish(self, model: PreTrainedModel) -> PreTrainedModel:
         """The whole smaller model; what lies outside the blocks is shared with the large one."""
@@ -174,6 +165,25 @@ class Smaller:
             parameter.requires_grad_(False)
         small.generation_config = model.generation_config
         return small.eval()
+
+
+def cut_block(
+    made: nn.Module, block: nn.Module, couplings: Sequence[Coupling], kept: Kept
+) -> nn.Module:
+    """Fill a smaller block, whose parameters have no values yet, with what is left of a large one.
+
+    Parameters that carry no groups are shared.
+    """
+    state = dict(block.state_dict())
+    for one in couplings:
+        for name in one.parts:
+            state[name] = one.cut(name, state[name], kept[one.kind])
+    like = next(iter(state.values()))
+    for name, parameter in made.named_parameters():
+        if name not in state:  # a bias that the configuration brings along
+            state[name] = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
+    made.load_state_dict(state, assign=True)
+    return made.to(like.device)
 
 
 @contextmanager

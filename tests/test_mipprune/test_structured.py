@@ -63,7 +63,9 @@ def test_smaller_is_the_same_as_zeros(family, what):
     for kind, (before, after) in smaller.report.counts.items():
         assert group_count(smaller.model.config, kind) == after < before
         assert all(
-            int(kept.sum()) == after for kept in smaller.report.kept.values() if len(kept) == before
+            int(kept.sum()) == after
+            for kept in smaller.report.masks.values()
+            if kept.shape[1] == before
         )
 
 
@@ -71,7 +73,7 @@ def test_the_readers_inputs_decide_what_goes():
     """Removed neurons are rows of gate and up and columns of down; the others are untouched."""
     dense = tiny_model("phi3")
     _, smaller = run("phi3", neurons=0.25)
-    kept = smaller.report.kept["model.layers.1.mlp.down_proj"][0]
+    kept = smaller.report.masks["model.layers.1.mlp.down_proj"][0]
     for block, mlp in ((1, "mlp"),):
         old, new = (m.model.layers[block].get_submodule(mlp) for m in (dense, smaller.model))
         assert torch.equal(new.down_proj.weight, old.down_proj.weight[:, kept])
@@ -84,7 +86,7 @@ def test_the_readers_inputs_decide_what_goes():
 def test_queries_go_with_their_keys():
     dense = tiny_model("llama")
     _, smaller = run("llama", kv_groups=0.5)
-    (kept,) = smaller.report.kept["model.layers.2.self_attn.o_proj"].nonzero()[:, 1].tolist()
+    (kept,) = smaller.report.masks["model.layers.2.self_attn.o_proj"].nonzero()[:, 1].tolist()
     old, new = (m.model.layers[2].self_attn for m in (dense, smaller.model))
     heads = slice(16 * kept, 16 * (kept + 1))  # two queries of 8 entries
     assert torch.equal(new.q_proj.weight, old.q_proj.weight[heads])
@@ -97,15 +99,15 @@ def test_queries_go_with_their_keys():
 def test_it_loads_plainly(family, tmp_path):
     tokenizer = mipprune.load_model("embedded", torch.device("cpu")).tokenizer
     _, smaller = run(family, Method(), neurons=0.5)
-    mipprune.save_smaller(tmp_path / "out", smaller.model, tokenizer, smaller.report)
+    mipprune.save(tmp_path / "out", smaller.model, tokenizer, smaller.report)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = tiny_tokens()
     with torch.no_grad():
         assert torch.equal(forward(loaded, tokens), forward(smaller.model, tokens))
     groups = mipprune.load_masks(tmp_path / "out" / "groups.safetensors")
-    assert groups.keys() == smaller.report.kept.keys()
+    assert groups.keys() == smaller.report.masks.keys()
     with pytest.raises(InvalidInput, match="exists already"):
-        mipprune.save_smaller(tmp_path / "out", smaller.model, tokenizer, smaller.report)
+        mipprune.save(tmp_path / "out", smaller.model, tokenizer, smaller.report)
 
 
 @pytest.mark.parametrize(
@@ -210,12 +212,12 @@ def test_blocks_see_what_was_made_smaller_before_them():
         _, smaller = run("llama", neurons=0.5, grams=grams)
         chosen[grams] = smaller.report
     first, last = "model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"
-    assert torch.equal(*(report.kept[first] for report in chosen.values()))
+    assert torch.equal(*(report.masks[first] for report in chosen.values()))
     losses = [report.layers[-1].loss for report in chosen.values()]
     assert losses[0] != losses[1]
     name = last
     dense = tiny_model("llama")
-    gone = ~chosen["dense"].kept[last][0]
+    gone = ~chosen["dense"].masks[last][0]
     inputs = []
     hook = dense.get_submodule(name).register_forward_pre_hook(
         lambda _, args: inputs.append(args[0])
@@ -316,7 +318,7 @@ def test_a_budget_on_what_can_go():
     for changes, says in (
         ({"parameters": 0.1}, "keep at least"),
         ({"parameters": 1.0}, "outside"),
-        ({"parameters": 0.5, "neurons": 0.5}, "Give either"),
+        ({"parameters": 0.5, "neurons": 0.5}, "Give one of these"),
     ):
         with pytest.raises(InvalidInput, match=says):
             shrink(tiny_model("gpt2"), None, WINDOWS, **changes, **SIZE)
