@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "swap": {"solver": "swap"},
     "tabu": TABU,
     "swap, shrink 0.5": {"solver": "swap", "layer_step": LayerStep(HALF)},
+    "swap, shrink 0.5, fisher": {
+        "solver": "swap",
+        "layer_step": LayerStep(replace(HALF, tokens="fisher")),
+    },
+    "swap, shrink 0.5, fisher, 8 groups": {
+        "solver": "swap",
+        "layer_step": LayerStep(replace(HALF, tokens="fisher", row_groups=8)),
+    },
+    "swap, shrink 0.5, inverse norm": {
+        "solver": "swap",
+        "layer_step": LayerStep(replace(HALF, tokens="inverse_norm")),
+    },
     "swap, shrink 0.5, allocated": {
         "solver": "swap",
         "layer_step": LayerStep(HALF),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, solve
-from solvers.certificate import check, load_certificates, save_certificates
+from solvers.certificate import Verified, check, load_certificates, save_certificates
 from solvers.semidefinite.layer import fitted_price
 
 from .calibration import Windows
@@ -38,6 +39,8 @@ from .prune import calibration_windows
 from .results import read_record, write_results
 from .rules import Rules
 from .stages import Stages
+from .surrogate import row_slices
+from .token_weights import token_weights
 from .walk import BlockWalk
 
 FOLDER = "certificates"
@@ -165,6 +168,9 @@ def certify(
         stages=Stages() if settings["grams"] == "sequential" else None,
         targets=run_step.surrogate.dense_targets > 0,
     )
+    walk.token_weights = token_weights(
+        run_step.surrogate, placement, walk, list(recorded), observer
+    )
     for step in walk:
         pruned = [layer for layer in step.layers if layer.name in patterns]
         for at, layer in enumerate(pruned):
@@ -174,11 +180,11 @@ def certify(
             gram = step.grams.gram(layer)
             layer_step = step_of_layer(run_step, recorded[layer.name].get("choice"))
             aim = layer_step.aim(layer.weight, gram.inputs, layer.bias is not None)
-            problem = aim.problem(pattern).to("cpu")
+            problems = [one.to("cpu") for one in aim.problems(pattern)]
             found = recorded[layer.name]
-            _must_reproduce(layer.name, problem, mask, found.get("surrogate_loss", found["loss"]))
-            chosen = _sample(problem.shape[0], rows, (seed, step.index, at))
-            result = _certify_layer(folder, layer.name, problem, mask, chosen, row_seconds, seed)
+            _must_reproduce(layer.name, problems, mask, found.get("surrogate_loss", found["loss"]))
+            chosen = _sample(len(mask), rows, (seed, step.index, at))
+            result = _certify_layer(folder, layer.name, problems, mask, chosen, row_seconds, seed)
             results.append(result)
             recorded[layer.name]["certificate"] = asdict(result)
             new = aim.updated(mask.to(layer.weight.device))
@@ -209,20 +215,23 @@ def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
     if not certified:
         raise InvalidInput(f"{folder} has no certificates; make them with mipprune certify.")
     masks = load_masks(folder)
+    row_groups = _layer_step(record["settings"]).surrogate.row_groups
     verified = {}
     for layer in certified:
         name, claimed = layer["name"], layer["certificate"]
-        certificates_file, problem_file = _files(folder, name)
+        rows: list[Verified] = []
         try:
             violation = patterns[name].violation(masks[name])
             if violation is not None:
                 raise InvalidInput(f"The mask does not follow the pattern: {violation}.")
-            certificates = load_certificates(certificates_file)
-            part = _pattern_of_rows(patterns[name], masks[name][claimed["rows"]])
-            rows = check(MaskProblem.load(problem_file, part), certificates)
-            for certificate, row in zip(certificates, claimed["rows"], strict=True):
-                if not np.array_equal(certificate.mask, masks[name][row].numpy()):
-                    raise InvalidInput("a certified mask is not the model's.")
+            for group, of_group in _rows_by_group(claimed["rows"], len(masks[name]), row_groups):
+                certificates_file, problem_file = _files(folder, name, group)
+                certificates = load_certificates(certificates_file)
+                part = _pattern_of_rows(patterns[name], masks[name][of_group])
+                rows += check(MaskProblem.load(problem_file, part), certificates)
+                for certificate, row in zip(certificates, of_group, strict=True):
+                    if not np.array_equal(certificate.mask, masks[name][row].numpy()):
+                        raise InvalidInput("a certified mask is not the model's.")
         except InvalidInput as error:
             raise InvalidInput(f"Layer {name}: {error}") from error
         loss, bound = sum(row.objective for row in rows), sum(row.bound for row in rows)
@@ -256,8 +265,12 @@ def _layer_step(settings: dict[str, Any]) -> LayerStep:
     return LayerStep.from_dict(settings["layer_step"]) if "layer_step" in settings else LayerStep()
 
 
-def _must_reproduce(name: str, problem: MaskProblem, mask: Tensor, recorded: float) -> None:
-    loss = float(problem.objective(mask).sum())
+def _must_reproduce(
+    name: str, problems: Sequence[MaskProblem], mask: Tensor, recorded: float
+) -> None:
+    rows = row_slices(len(mask), len(problems))
+    each = [problem.objective(mask[own]) for problem, own in zip(problems, rows, strict=True)]
+    loss = float(torch.cat(each).sum())
     if abs(loss - recorded) > _REPRODUCED * abs(recorded):
         raise InvalidInput(
             f"Layer {name} loses {loss:.6g} here but {recorded:.6g} in the record; "
@@ -275,13 +288,52 @@ def _sample(rows: int, wanted: int | None, seed: tuple[int, ...]) -> list[int]:
 def _certify_layer(
     folder: Path,
     name: str,
-    problem: MaskProblem,
+    problems: Sequence[MaskProblem],
     mask: Tensor,
     chosen: list[int],
     row_seconds: float,
     seed: int,
 ) -> LayerCertificate:
-    """Bound some rows, write their certificates, and sum up."""
+    """Bound some rows of a layer's groups, write their certificates, and sum up."""
+    verified: list[Verified] = []
+    price = None
+    groups = row_slices(len(mask), len(problems))
+    for group, of_group in _rows_by_group(chosen, len(mask), len(problems)):
+        own = groups[group or 0]
+        files = _files(folder, name, group)
+        rows = [row - own.start for row in of_group]
+        checked, price = _certify_rows(
+            files, problems[group or 0], mask[own], rows, row_seconds, seed
+        )
+        verified += checked
+    loss, bound = sum(row.objective for row in verified), sum(row.bound for row in verified)
+    gaps = torch.tensor([row.gap for row in verified], dtype=torch.float64)
+    losses = torch.tensor([row.objective for row in verified], dtype=torch.float64)
+    bounds = torch.tensor([row.bound for row in verified], dtype=torch.float64)
+    gap = (loss - bound) / abs(loss) if loss else 0.0
+    unexplained = (losses - bounds - gap * losses) / losses.mean() if loss else 0.0 * losses
+    return LayerCertificate(
+        name=name,
+        rows=chosen,
+        loss=loss,
+        bound=bound,
+        gap=gap,
+        gap_margin=_margin(unexplained, len(mask)),
+        mean_row_gap=float(gaps.mean()),
+        margin=_margin(gaps, len(mask)),
+        price=price,
+    )
+
+
+def _certify_rows(
+    files: tuple[Path, Path],
+    problem: MaskProblem,
+    mask: Tensor,
+    chosen: list[int],
+    row_seconds: float,
+    seed: int,
+) -> tuple[list[Verified], float | None]:
+    """Bound some rows of one problem and write their certificates; also the price of a budget."""
     kept, price = mask[chosen], None
     part = MaskProblem(
         problem.weight[chosen],
@@ -308,26 +360,21 @@ def _certify_layer(
         for certificate in solution.certificates
     ]
     verified = check(part, certificates)
-    certificates_file, problem_file = _files(folder, name)
+    certificates_file, problem_file = files
     part.save(problem_file)
     save_certificates(certificates_file, certificates)
-    loss, bound = sum(row.objective for row in verified), sum(row.bound for row in verified)
-    gaps = torch.tensor([row.gap for row in verified], dtype=torch.float64)
-    losses = torch.tensor([row.objective for row in verified], dtype=torch.float64)
-    bounds = torch.tensor([row.bound for row in verified], dtype=torch.float64)
-    gap = (loss - bound) / abs(loss) if loss else 0.0
-    unexplained = (losses - bounds - gap * losses) / losses.mean() if loss else 0.0 * losses
-    return LayerCertificate(
-        name=name,
-        rows=chosen,
-        loss=loss,
-        bound=bound,
-        gap=gap,
-        gap_margin=_margin(unexplained, problem.shape[0]),
-        mean_row_gap=float(gaps.mean()),
-        margin=_margin(gaps, problem.shape[0]),
-        price=price,
-    )
+    return verified, price
+
+
+def _rows_by_group(
+    rows: Sequence[int], of_layer: int, row_groups: int
+) -> list[tuple[int | None, list[int]]]:
+    """Those of a layer's rows that are certified, by group; None for a layer in one piece."""
+    groups = row_slices(of_layer, row_groups)
+    if len(groups) == 1:
+        return [(None, list(rows))]
+    found = [[row for row in rows if own.start <= row < own.stop] for own in groups]
+    return [(group, own) for group, own in enumerate(found) if own]
 
 
 def _pattern_of_rows(pattern: Pattern, kept: Tensor) -> Pattern:
@@ -348,8 +395,10 @@ def _margin(gaps: Tensor, population: int) -> float | None:
     return float(t.ppf(0.975, n - 1)) * error
 
 
-def _files(folder: Path, layer: str) -> tuple[Path, Path]:
-    """Certificate file and problem file of a layer."""
+def _files(folder: Path, layer: str, group: int | None) -> tuple[Path, Path]:
+    """Certificate file and problem file of a layer, or of a group of its rows."""
     safe = layer.replace(os.sep, "_")
+    if group is not None:
+        safe += f".group{group}"
     base = folder / FOLDER
     return base / f"{safe}.safetensors", base / f"{safe}.problem.safetensors"

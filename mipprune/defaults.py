@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .surrogate import Tokens
+
 
 @dataclass(frozen=True)
 class Method:
@@ -12,7 +14,7 @@ class Method:
 
     Attributes
     ----------
-    solver, update, shrink, centre, allocate
+    solver, update, shrink, centre, tokens, row_groups, allocate
         The options.
     reason
         Why, where it was not the user who chose; else empty.
@@ -22,6 +24,8 @@ class Method:
     update: str = "none"
     shrink: float = 0.0
     centre: float = 0.0
+    tokens: Tokens = "equal"
+    row_groups: int = 1
     allocate: str | None = None
     reason: str = ""
 
@@ -39,8 +43,8 @@ BEST = Method(
     update="least_squares",
     reason="Chosen by default: masks by ALPS, then least squares for the weights that are kept. Of "
     "the methods compared by benchmarks/study.py, this one kept the model's predictions best, per "
-    "row and at 2:4. With --solver, --option, --start, --update, --shrink or --centre, what they "
-    "say is done (the solver is swap), and weights that are kept stay as they are.",
+    "row and at 2:4. With --solver, --option, --start, --update, --shrink, --centre or --tokens, "
+    "what they say is done (the solver is swap), and weights that are kept stay as they are.",
 )
 """Where none is: of the methods in ``benchmarks/results/study.json``, the best for the model."""
 
@@ -58,8 +62,8 @@ BEST_IN_TIME = Method(
     update="least_squares",
     reason="Chosen for a time budget: masks by ALPS, swaps on the loss after least squares while "
     "there is time, and least squares for the weights that are kept. With --start, --update, "
-    "--shrink or --centre the solver is chain: Frank-Wolfe, then tabu search, which takes all the "
-    "time.",
+    "--shrink, --centre or --tokens the solver is chain: Frank-Wolfe, then tabu search, which "
+    "takes all the time.",
 )
 """The same within a time budget: from ALPS's masks on, swaps judged after least squares."""
 
@@ -75,6 +79,8 @@ def chosen_method(
     centre: float | None,
     allocate: str | None = None,
     *,
+    tokens: Tokens | None = None,
+    row_groups: int | None = None,
     more_said: bool,
     in_time: bool = False,
     shareable: bool = False,
@@ -84,7 +90,8 @@ def chosen_method(
     ``more_said``: whether others shape the masks too; ``in_time``: whether there is a time budget;
     ``shareable``: whether there is a sparsity that the layers may share out.
     """
-    if (solver, update, shrink, centre) == (None, None, None, None) and not more_said:
+    said = (solver, update, shrink, centre, tokens, row_groups)
+    if all(one is None for one in said) and not more_said:
         if in_time:
             return replace(BEST_IN_TIME, allocate=allocate)
         if allocate is not None:
@@ -96,5 +103,7 @@ def chosen_method(
         PLAIN.update if update is None else update,
         PLAIN.shrink if shrink is None else shrink,
         PLAIN.centre if centre is None else centre,
+        PLAIN.tokens if tokens is None else tokens,
+        PLAIN.row_groups if row_groups is None else row_groups,
         allocate,
     )

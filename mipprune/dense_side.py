@@ -91,12 +91,14 @@ class TargetCollector(GramCollector):
             yield
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(
+        self, windows: slice = slice(None), hidden: Tensor | None = None
+    ) -> Iterator[None]:
         with ExitStack() as stack:
             for held in (self._met, self._now, self._wanted):
                 stack.callback(held.clear)
             stack.enter_context(self._hooked(self._multiply))
-            stack.enter_context(super().collecting())
+            stack.enter_context(super().collecting(windows, hidden))
             yield
 
     def commit(self) -> None:

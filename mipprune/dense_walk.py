@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .calibration import Windows
-from .gram import Gram
+from .gram import Gram, TokenWeights
 from .models import PrunableLayer
 from .observer import Observer
 from .placement import Placement
@@ -33,6 +33,8 @@ class DenseWalk:
         The processes that share the batches.
     observer
         Told about progress.
+    weights
+        What tokens count in weighted matrices, see `BlockWalk`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class DenseWalk:
         host_bytes: float = HOST_BYTES,
         ranks: Ranks = ALONE,
         observer: Observer | None = None,
+        weights: TokenWeights | None = None,
     ) -> None:
         self.placement, self.windows, self.batch_size = placement, windows, batch_size
         self._rules, self._observer = rules, observer or Observer()
@@ -58,6 +61,7 @@ class DenseWalk:
             ranks=ranks,
             warn=self._observer.warning,
         )
+        self._walk.token_weights = weights
 
     def __iter__(self) -> Iterator[tuple[int, PrunableLayer, Gram]]:
         """Block's index, layer, its Gram matrix."""

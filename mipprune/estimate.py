@@ -8,7 +8,7 @@ that of the first block times the number of blocks, on a machine that is as busy
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,17 +17,20 @@ from torch import Tensor, nn
 
 from .calibration import Windows
 from .capture import Call, answering, capture
-from .gram import Gram, GramCollector
+from .gram import Gram, GramCollector, WeightOf
 from .layer import LayerSolver
 from .models import PrunableLayer, coverage, prunable_layers
 from .placement import OUTSIDE, FromFolder, FromHost, Placement
 from .settings import Settings
+from .surrogate import TokenWeighted
 
 DOUBLE, SINGLE = 8, 4
 _SAMPLE_ROWS = 256
 _SAMPLE_TOKENS = 1024
 _LOADS = 3
 """Times that a run needs each block: for the dense model, for its replay, and to prune it."""
+_BACKWARD = 4
+"""Forwards that a backward pass takes: one, one more with gradients, and these as two."""
 TIME_FACTOR = 3.0
 """The run takes between the estimated time divided by this and multiplied by this: measured on the
 embedded model on a machine that others kept busy, which is most of the error."""
@@ -93,7 +96,9 @@ def plan(
         Seconds that were spent on what a run does too: reading the model and the text.
     """
     few = -(-_SAMPLE_TOKENS // windows.tokens.shape[1])
-    first = _FirstBlock.run(placement, windows.tokens[: min(few, settings.windows_at_once)])
+    first = _FirstBlock.run(
+        placement, windows.tokens[: min(few, settings.windows_at_once)], settings
+    )
     seconds = before + _seconds(first, placement, windows, settings)
     shapes = [tuple(layer.weight.shape) for layer in first.layers]
     blocks, (count, length) = len(placement.blocks), windows.tokens.shape
@@ -135,7 +140,7 @@ class _FirstBlock:
 
     @classmethod
     @torch.no_grad()
-    def run(cls, placement: Placement, windows: Tensor) -> _FirstBlock:
+    def run(cls, placement: Placement, windows: Tensor, settings: Settings) -> _FirstBlock:
         began = time.perf_counter()
         with placement.block(0) as block:
             loaded = time.perf_counter() - began
@@ -147,11 +152,16 @@ class _FirstBlock:
             handle.remove()
             hidden, call = record.hidden[0], record.calls[0][0]
             layers = prunable_layers(block, f"{placement.blocks_name}.0")
-            collector = GramCollector(layers)
+            ones = _Ones.of(settings, layers)
+            collector = GramCollector(layers, weights=ones)
             forward = _timed(lambda: call.run(block, hidden))
             collect = _timed(lambda: _collect(collector, call, block, hidden))
             owners = collector.owners
-            grams = {x.name: collector.gram(x) for x in layers if owners.get(x.name) == x.name}
+            grams = {
+                x.name: _first_group(collector.gram(x))
+                for x in layers
+                if owners.get(x.name) == x.name
+            }
             weights = {layer.name: layer.weight[:_SAMPLE_ROWS].clone() for layer in layers}
         return cls(layers, weights, grams, owners, hidden, loaded, forward, collect)
 
@@ -164,8 +174,35 @@ class _FirstBlock:
 
 
 def _collect(collector: GramCollector, call: Call, block: nn.Module, hidden: Tensor) -> None:
-    with collector.collecting():
+    with collector.collecting(hidden=hidden):
         call.run(block, hidden)
+
+
+class _Ones:
+    """Token weights that cost what a run's do."""
+
+    def __init__(self, shared: bool, groups: int, layers: frozenset[str]) -> None:
+        self.shared, self._groups, self._layers = shared, groups, layers
+
+    @classmethod
+    def of(cls, settings: Settings, layers: Sequence[PrunableLayer]) -> _Ones | None:
+        surrogate = settings.layer_step.surrogate
+        if surrogate.tokens == "equal":
+            return None
+        chosen = [one.name for one in layers if settings.rules.pattern_for(one.name) is not None]
+        return cls(surrogate.tokens != "fisher", surrogate.row_groups, frozenset(chosen))
+
+    def of_batch(self, windows: slice, hidden: Tensor) -> WeightOf:
+        ones = torch.ones(self._groups, hidden.numel() // hidden.shape[-1], device=hidden.device)
+        return lambda layer: ones if layer in self._layers else None
+
+
+def _first_group(gram: Gram) -> Gram:
+    """With the weighted statistics of one group of rows, which do for all."""
+    if gram.weighted is None:
+        return gram
+    one = TokenWeighted(gram.weighted.gram[:1], gram.weighted.mean[:1])
+    return replace(gram, weighted=one)
 
 
 def _seconds(
@@ -180,6 +217,9 @@ def _seconds(
         + models * first.forward_seconds
     )
     per_block += _LOADS * first.load_seconds
+    if settings.layer_step.surrogate.tokens == "fisher":
+        batches = len(windows.tokens) / settings.windows_at_once
+        per_block += _BACKWARD * rounds * first.forward_seconds + 2 * batches * first.load_seconds
     if settings.time_budget is not None:
         return max(settings.time_budget, len(placement.blocks) * per_block)
     known: dict[tuple[object, ...], float] = {}
@@ -201,7 +241,9 @@ def _layer_seconds(name: str, weight: Tensor, gram: Gram, rows: int, settings: S
     # Masks that are given are for all rows; those of a solver take as long to start from.
     settings = settings.candidates()[0]
     start = settings.start if settings.start in settings.solvers else None
-    solver = LayerSolver(replace(settings, start=start))
+    step = settings.layer_step
+    step = replace(step, surrogate=replace(step.surrogate, row_groups=1))
+    solver = LayerSolver(replace(settings, start=start, layer_step=step))
 
     def solved(count: int) -> float:
         part = nn.Linear(weight.shape[1], count, bias=False, device="meta")
@@ -240,6 +282,13 @@ def _memory(
     widest = max(rows + inputs for rows, inputs in shapes)
     batch = settings.windows_at_once * length * (widest + 4 * first.hidden.shape[-1]) * item
     squares = sum(models * len(gram.matrix) ** 2 for gram in first.grams.values())
+    surrogate, token_weights = settings.layer_step.surrogate, 0.0
+    if surrogate.tokens == "inverse_norm":
+        squares *= 2
+    elif surrogate.tokens == "fisher":
+        groups = [min(surrogate.row_groups, rows) for rows, _ in shapes]
+        squares += sum(n * shape[1] ** 2 for n, shape in zip(groups, shapes, strict=True))
+        token_weights = SINGLE * sum(groups) * len(placement.blocks) * count * length
     largest = max(first.grams.values(), key=lambda gram: len(gram.matrix), default=None)
     d = 0 if largest is None else len(largest.matrix)
     weight = max(rows * inputs for rows, inputs in shapes)
@@ -263,9 +312,18 @@ def _memory(
         + (masks if on_host else 0),
         "writing": base + 2 * masks + (2 * outside if isinstance(placement, FromFolder) else 0),
     }
+    if surrogate.tokens == "fisher":
+        # What a block's layers take and give is kept for its backward pass, and gradients of it.
+        kept = 2 * settings.windows_at_once * length * sum(map(sum, shapes)) * item
+        logits = 3 * SINGLE * length * vocabulary
+        phases["token weights"] = here + max(loaded + kept, outside + logits)
+        if on_host:
+            phases["token weights"] += token_weights
+            phases["Gram matrices"] += token_weights
+            phases["solving"] += token_weights
     if not on_host:
         del phases["writing"]
-    resting = 0.0 if on_host else _resident_now() + hidden + masks
+    resting = 0.0 if on_host else _resident_now() + hidden + masks + token_weights
     return phases, resting
 
 

@@ -28,7 +28,7 @@ from .models import PrunableLayer
 from .ranks import ALONE, Ranks
 from .record import REFERENCE, LayerResult, PrunedLayer
 from .settings import CURRENT, Settings
-from .surrogate import output_change
+from .surrogate import Inputs, output_change
 from .time_budget import TimeBudget
 
 _ZERO_TOKENS = "saw no calibration token: pruned by magnitude"
@@ -59,6 +59,7 @@ def check_layer(layer: PrunableLayer, settings: Settings) -> Pattern:
     rows, inputs = layer.weight.shape
     try:
         pattern.check((rows, inputs))
+        settings.layer_step.surrogate.check(pattern)
     except InvalidInput as error:
         raise InvalidInput(f"Layer {layer.name}: {error}") from None
     if layer.weight.is_meta:
@@ -114,24 +115,22 @@ class LayerSolver:
         settings, step = self._settings, self._settings.layer_step
         pattern = check_layer(layer, settings)
         aim = step.aim(layer.weight, gram.inputs, layer.bias is not None)
-        plain = problem = aim.problem(pattern)
-        if not aim.plain:
-            plain = MaskProblem(layer.weight, gram.matrix, pattern)
+        problems = aim.problems(pattern)
+        plain = problems[0] if aim.plain else MaskProblem(layer.weight, gram.matrix, pattern)
         note, start = gram.note, None
         if gram.tokens == 0:
             note = _ZERO_TOKENS
-            solution = solve(problem, "magnitude", seed=settings.seed)
+            solution = _joined(
+                [solve(one, "magnitude", seed=settings.seed) for one in problems], plain.device
+            )
         else:
-            start = self._start(layer, problem)
-            options = settings.solver_options
-            if "mean" in get_solver(settings.solver).options():
-                options = {"mean": gram.mean, **options}
-            solution = self._solve_in_time(layer.name, problem, start, options)
+            start = self._start(layer, plain, problems)
+            solution = self._solve_in_time(layer.name, problems, start, gram.inputs)
         new = aim.updated(solution.mask)
         bias = aim.new_bias(new, layer.bias)
         seconds = time.perf_counter() - began
 
-        by_plain_loss = problem is plain
+        by_plain_loss = aim.plain
         loss = float(
             (solution.objective if by_plain_loss else plain.objective(solution.mask)).sum()
         )
@@ -167,30 +166,47 @@ class LayerSolver:
         )
         return PrunedLayer(result, solution.mask, None if step.keeps_weights else new, bias)
 
-    def _start(self, layer: PrunableLayer, problem: MaskProblem) -> Tensor | None:
+    def _start(
+        self, layer: PrunableLayer, plain: MaskProblem, problems: Sequence[MaskProblem]
+    ) -> Tensor | None:
         start = self._settings.start
         if start is None:
             return None
         if isinstance(start, StartMasks):
-            return start.solution(layer.name, problem).mask
+            return start.solution(layer.name, problems[0] if len(problems) == 1 else plain).mask
         if start == CURRENT:
             return layer.weight != 0
-        return solve(problem, start, seed=self._settings.seed).mask
+        return torch.cat([solve(one, start, seed=self._settings.seed).mask for one in problems])
 
     def _rows_apart(self, problem: MaskProblem) -> bool:
         """Whether rows may be solved in several pieces."""
         return self._sharable and not problem.pattern.coupled
 
     def _solve_in_time(
-        self, name: str, problem: MaskProblem, start: Tensor | None, options: dict[str, Any]
+        self, name: str, problems: Sequence[MaskProblem], start: Tensor | None, inputs: Inputs
     ) -> MaskSolution:
-        """Solve within the layer's part of the time budget, if there is one."""
-        if self._budget is None:
-            return self._solve(problem, start, options)
-        began, self._limit = time.perf_counter(), self._budget.limit(name)
-        solution = self._solve(problem, start, options)
-        self._budget.spent(name, time.perf_counter() - began)
-        return solution
+        """Solve groups of rows within the layer's part of the time budget, if there is one."""
+        began, whole = time.perf_counter(), math.inf
+        if self._budget is not None:
+            whole = self._budget.limit(name)
+        rows = sum(problem.shape[0] for problem in problems)
+        groups = self._settings.layer_step.surrogate.by_group(inputs, len(problems))
+        parts, done = [], 0
+        for problem, group in zip(problems, groups, strict=True):
+            own = slice(done, done + problem.shape[0])
+            self._limit, done = whole * problem.shape[0] / rows, own.stop
+            options = self._options(group)
+            parts.append(self._solve(problem, None if start is None else start[own], options))
+        if self._budget is not None:
+            self._budget.spent(name, time.perf_counter() - began)
+        return _joined(parts, problems[0].device)
+
+    def _options(self, inputs: Inputs) -> dict[str, Any]:
+        """The solver's, with the mean that belongs to a problem's Gram matrix."""
+        options = self._settings.solver_options
+        if "mean" not in get_solver(self._settings.solver).options():
+            return options
+        return {"mean": inputs.mean, **options}
 
     def _solve(
         self, problem: MaskProblem, start: Tensor | None, options: dict[str, Any]

@@ -50,9 +50,9 @@ class Aim:
     plain: bool = True
     bias: tuple[Tensor, Tensor] | None = None
 
-    def problem(self, pattern: Pattern) -> MaskProblem:
-        """The problem whose solution is the layer's mask."""
-        return self.step.surrogate.problem(self.weight, self.inputs, pattern)
+    def problems(self, pattern: Pattern) -> list[MaskProblem]:
+        """The problems whose solutions are the layer's mask, one for each group of its rows."""
+        return self.step.surrogate.problems(self.weight, self.inputs, pattern)
 
     def updated(self, mask: Tensor) -> Tensor:
         """The layer's new weight, zero where the mask prunes; in the layer's dtype."""

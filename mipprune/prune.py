@@ -31,6 +31,7 @@ from .settings import Settings
 from .share_out import feasible, shared_out
 from .stages import Stages
 from .time_budget import NOTE, TimeBudget
+from .token_weights import check_token_weights, token_weights
 from .walk import HOST_BYTES, BlockWalk
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def settled(
     Raises
     ------
     InvalidInput
-        If rules name no layer, or an allocation that is not optional cannot be followed.
+        If rules name no layer, or if an allocation that is not optional, or token weights, cannot
+        be had.
     """
     batch_size = settings.batch_size
     if batch_size is None:
@@ -121,6 +123,8 @@ def settled(
         batch_size = min(ranks.gather_objects(fitting))
     layers = all_layers(placement.blocks_name, placement.blocks)
     settings.rules.check(layer.name for layer in layers)
+    chosen = [layer for layer in layers if settings.rules.pattern_for(layer.name) is not None]
+    check_token_weights(settings.layer_step.surrogate, placement, chosen)
     allocation = feasible(settings.allocation, settings.rules, placement, warn)
     return replace(settings, batch_size=batch_size, allocation=allocation)
 
@@ -204,18 +208,22 @@ def run(
         warnings=_notes(settings, covered, given, windows.tokens.shape[1]),
     )
     finished = ranks.gather_objects(journal.begin(report))[0]
+    names = [layer.name for layer in chosen]
+    surrogate = settings.layer_step.surrogate
+    weights = token_weights(surrogate, placement, walk, names, observer)
     if settings.allocation is not None:
         rules = finished.rules
         if rules is None:
             del walk  # its activations make room for those of the dense pass
             rules = shared_out(
                 settings, placement, windows,
-                host_bytes=host_bytes, ranks=ranks, observer=observer,
+                host_bytes=host_bytes, ranks=ranks, observer=observer, weights=weights,
             )  # fmt: skip
             journal.allocate(rules)
             walk = captured(windows, settings.dense_targets)
         settings = replace(settings, rules=rules)
         report.settings["rules"] = rules.to_dict()
+    walk.token_weights = weights
     budget = None
     if settings.time_budget is not None:
         shapes = {layer.name: shape_of(layer) for layer in chosen}

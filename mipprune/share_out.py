@@ -12,7 +12,7 @@ from solvers import InvalidInput, PerLayer, PerRow
 from .allocate import Allocation
 from .calibration import Windows
 from .dense_walk import DenseWalk
-from .gram import Gram
+from .gram import Gram, TokenWeights
 from .layer import LayerSolver
 from .loss_curves import Prune
 from .models import PrunableLayer, all_layers
@@ -81,10 +81,12 @@ def shared_out(
     host_bytes: float = HOST_BYTES,
     ranks: Ranks = ALONE,
     observer: Observer | None = None,
+    weights: TokenWeights | None = None,
 ) -> Rules:
     """The settings' rules with a sparsity for each layer, by their allocation.
 
     Takes a pass over the dense model, which is left as it was. All processes end with the same.
+    ``weights`` are those of the settings' surrogate.
     """
     assert settings.allocation is not None, "there is an allocation to follow"
     walk = DenseWalk(
@@ -95,6 +97,7 @@ def shared_out(
         host_bytes=host_bytes,
         ranks=ranks,
         observer=observer,
+        weights=weights,
     )
     rules = settings.allocation.rules(walk, settings.rules, _pruned_as_in(settings, ranks))
     return ranks.gather_objects(rules)[0]

@@ -10,11 +10,31 @@ Masks: True = keep. ``q = w * (1 - m)`` is what a mask removes from a row ``w``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from solvers import InvalidInput, MaskProblem, Pattern
+
+Tokens = Literal["equal", "fisher", "inverse_norm"]
+
+
+@dataclass(frozen=True)
+class TokenWeighted:
+    """Statistics of a layer's inputs in which tokens count by their weights ``f``.
+
+    Attributes
+    ----------
+    gram
+        ``sum_t f_t x_t x_t^T / sum_t f_t``, float64 ``[groups, d, d]``, by group of rows.
+    mean
+        ``sum_t f_t x_t / sum_t f_t``, float64 ``[groups, d]``.
+    """
+
+    gram: Tensor
+    mean: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,12 +52,15 @@ class Inputs:
         ``x_dense`` from the unpruned one; None if both are the same.
     cross_mean
         ``E x_dense``, float64 ``[d]``; None without ``cross``, or if it was not collected.
+    weighted
+        The same with token weights; None if all tokens count the same.
     """
 
     gram: Tensor
     mean: Tensor | None = None
     cross: Tensor | None = None
     cross_mean: Tensor | None = None
+    weighted: TokenWeighted | None = None
 
 
 @dataclass(frozen=True)
@@ -58,17 +81,28 @@ class Surrogate:
     dense_targets
         Share ``t`` of the *unpruned* model's output in what the layer is to give from its inputs
         ``x`` in the pruned one, ``w^T ((1 - t) x + t x_dense)`` (needs `Inputs.cross`, `towards`).
+    tokens
+        What a token counts. "equal"; "fisher": the sum over a group's rows of the squared
+        gradients of the dense model's next-token loss with respect to its output, so that the loss
+        becomes the diagonal Fisher's estimate of what the layer's error does to the model's loss;
+        "inverse_norm": ``1 / |h|^2`` of the residual stream at the block's input, of which an error
+        is then a share.
+    row_groups
+        Contiguous groups of a layer's rows (at most one a row), each with its own Fisher weights
+        and so with its own Gram matrix; see `row_slices`.
 
     Notes
     -----
-    Centring comes first, then damping, then shrinkage. The linear term of dense targets is taken
-    with the plain statistics.
+    Token weights come first, then centring (by the weighted mean), then damping, then shrinkage.
+    The linear term of dense targets is taken with the plain statistics.
     """
 
     shrink: float = 0.0
     centre: float = 0.0
     damping: float = 0.0
     dense_targets: float = 0.0
+    tokens: Tokens = "equal"
+    row_groups: int = 1
 
     def __post_init__(self) -> None:
         for name in ("shrink", "centre", "dense_targets"):
@@ -78,6 +112,18 @@ class Surrogate:
                 )
         if not self.damping >= 0:
             raise InvalidInput(f"damping={self.damping} is negative; give 0 or more.")
+        if self.tokens not in get_args(Tokens):
+            raise InvalidInput(
+                f"Tokens weighted '{self.tokens}' is none of {', '.join(get_args(Tokens))}."
+            )
+        if self.row_groups < 1:
+            raise InvalidInput(f"row_groups={self.row_groups} is below 1; it is a number.")
+        if self.row_groups > 1 and self.tokens != "fisher":
+            raise InvalidInput(
+                "Only Fisher weights differ between groups of rows; give --tokens fisher too."
+            )
+        if self.dense_targets and self.tokens != "equal":
+            raise InvalidInput("Dense targets are for tokens that count the same; leave one out.")
 
     @property
     def plain(self) -> bool:
@@ -85,22 +131,31 @@ class Surrogate:
         return self == Surrogate()
 
     def gram(self, inputs: Inputs) -> Tensor:
-        """The Gram matrix that masks are chosen by, float64 ``[d, d]``."""
-        gram = inputs.gram
-        if self.centre:
-            if inputs.mean is None:
-                raise InvalidInput("A centred Gram matrix needs the mean of the inputs.")
-            gram = centred(gram, inputs.mean, self.centre)
-        return shrunk(damped(gram, self.damping), self.shrink)
+        """The Gram matrix that masks are chosen by, float64 ``[d, d]``, where all rows have one."""
+        (one,) = self.by_group(inputs, 1)
+        return self._gram(one)
 
     def problem(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> MaskProblem:
-        """The problem to solve for a layer with this weight.
+        """The problem to solve for a layer with this weight, where its rows have one Gram matrix.
 
         Raises
         ------
         InvalidInput
             If a statistic that this surrogate needs is missing.
         """
+        (one,) = self.problems(weight, inputs, pattern)
+        return one
+
+    def problems(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> list[MaskProblem]:
+        """The same for each group of the layer's rows, in the order of `row_slices`.
+
+        Raises
+        ------
+        InvalidInput
+            Also if the pattern has a budget that groups would share.
+        """
+        self.check(pattern)
+        rows = row_slices(len(weight), self.row_groups)
         linear = None
         if self.dense_targets:
             if inputs.cross is None:
@@ -108,7 +163,49 @@ class Surrogate:
                     "Dense targets need the products of the dense and the pruned model's inputs."
                 )
             linear = target_term(weight, inputs.gram, towards(inputs, self.dense_targets))
-        return MaskProblem(weight, self.gram(inputs), pattern, linear)
+        return [
+            MaskProblem(
+                weight[part], self._gram(one), pattern, None if linear is None else linear[part]
+            )
+            for part, one in zip(rows, self.by_group(inputs, len(rows)), strict=True)
+        ]
+
+    def check(self, pattern: Pattern) -> None:
+        """Raise `InvalidInput` if groups of rows cannot be solved apart."""
+        if self.row_groups > 1 and pattern.coupled:
+            raise InvalidInput(
+                f"Rows that share the budget {pattern} cannot be solved in {self.row_groups} "
+                "groups; give --row-groups 1, or a sparsity per row."
+            )
+
+    def by_group(self, inputs: Inputs, groups: int) -> list[Inputs]:
+        """The statistics that masks are judged by, of each group of rows."""
+        # A layer that saw no token has no weighted statistics either: all are zero.
+        if self.tokens == "equal" or (inputs.weighted is None and not bool(inputs.gram.any())):
+            return [inputs] * groups
+        if inputs.weighted is None:
+            raise InvalidInput(f"Tokens weighted '{self.tokens}' need statistics with weights.")
+        weighted = inputs.weighted
+        return [Inputs(gram, mean) for gram, mean in zip(weighted.gram, weighted.mean, strict=True)]
+
+    def _gram(self, inputs: Inputs) -> Tensor:
+        gram = inputs.gram
+        if self.centre:
+            if inputs.mean is None:
+                raise InvalidInput("A centred Gram matrix needs the mean of the inputs.")
+            gram = centred(gram, inputs.mean, self.centre)
+        return shrunk(damped(gram, self.damping), self.shrink)
+
+
+def row_slices(rows: int, groups: int) -> list[slice]:
+    """Contiguous groups of rows whose sizes differ by at most one, larger ones first.
+
+    Where there are more groups than rows, each row is one.
+    """
+    groups = min(groups, rows)
+    size, larger = divmod(rows, groups)
+    begins = [size * group + min(group, larger) for group in range(groups + 1)]
+    return [slice(begin, end) for begin, end in pairwise(begins)]
 
 
 def shrunk(gram: Tensor, share: float) -> Tensor:
@@ -146,7 +243,10 @@ def centred(gram: Tensor, mean: Tensor, share: float = 1.0) -> Tensor:
 
 
 def centred_inputs(inputs: Inputs) -> Inputs:
-    """Statistics of the inputs less their means, those of ``x_dense`` likewise."""
+    """Statistics of the inputs less their means, those of ``x_dense`` likewise.
+
+    With token weights, too, the plain mean is what is taken out.
+    """
     assert inputs.mean is not None, "there is a mean to take out"
     gram, cross = centred(inputs.gram, inputs.mean), inputs.cross
     if cross is not None:
@@ -154,7 +254,15 @@ def centred_inputs(inputs: Inputs) -> Inputs:
         cross = cross - inputs.cross_mean[:, None] * inputs.mean
         cross[:, gram.diagonal() == 0] = 0.0
     zero = torch.zeros_like(inputs.mean)
-    return Inputs(gram, zero, cross, None if cross is None else zero)
+    weighted = inputs.weighted
+    if weighted is not None:
+        apart = weighted.mean - inputs.mean
+        grams = [
+            centred(own, mean) + shift[:, None] * shift
+            for own, mean, shift in zip(weighted.gram, weighted.mean, apart, strict=True)
+        ]
+        weighted = TokenWeighted(torch.stack(grams), apart)
+    return Inputs(gram, zero, cross, None if cross is None else zero, weighted)
 
 
 def bias_correction(weight: Tensor, updated: Tensor, mean: Tensor) -> Tensor:
@@ -214,26 +322,3 @@ def retargeted(weight: Tensor, gram: Tensor, cross: Tensor, damping: float = 1e-
         )
     moved = w @ (cross.double() - g)
     return w + torch.cholesky_solve(moved.T, factor).T
-
-
-def token_weighted(inputs: Tensor, importance: Tensor) -> Tensor:
-    """``sum_t f_t x_t x_t^T / sum_t f_t``, float64 ``[d, d]``.
-
-    Parameters
-    ----------
-    inputs
-        ``[tokens, d]``.
-    importance
-        ``[tokens]``, non-negative: such as a token's squared output gradient, with which the loss
-        becomes the diagonal Fisher's estimate of what the layer's error does to the model's loss.
-
-    Raises
-    ------
-    InvalidInput
-        If a weight is negative, or all are zero.
-    """
-    importance = importance.double()
-    if bool((importance < 0).any()) or not bool((importance > 0).any()):
-        raise InvalidInput("Token weights must be non-negative and not all zero.")
-    x = inputs.double()
-    return (x * importance[:, None]).T @ x / importance.sum()

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from solvers import InvalidInput
 
 from .activations import Activations
-from .capture import Capture, answering, capture, hidden_output, replay
+from .capture import Call, Capture, answering, capture, hidden_output, replay
 from .dense_side import DenseSide, TargetCollector
 from .errors import OutOfMemory
-from .gram import GramCollector
+from .gram import GramCollector, TokenWeights
 from .models import PrunableLayer, prunable_layers
 from .placement import OUTSIDE, Placement
 from .ranks import ALONE, Ranks
@@ -127,6 +127,11 @@ class BlockWalk:
     targets
         Whether the dense model is run alongside for what its layers would see, `Gram.cross`. Takes
         a second set of hidden states and a second copy of a block's weights.
+
+    Attributes
+    ----------
+    token_weights
+        What tokens count in weighted matrices beside the plain ones; None for no such matrices.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class BlockWalk:
         self._placement, self._ranks, self._warn = placement, ranks, warn
         assert propagate or not (stages or targets), "the dense model's inputs change in no stage"
         self._watched, self._stages = watched, stages
+        self.token_weights: TokenWeights | None = None
         self._name, self._blocks = placement.blocks_name, placement.blocks
         self._propagate = propagate
         batches = torch.split(tokens, batch_size)
@@ -209,7 +215,7 @@ class BlockWalk:
                 self._run(index, batch)
 
         def forward() -> None:
-            self._for_each_batch(first)
+            self.for_each_batch(first)
 
         return self._stages.of(index, block, layers, forward)
 
@@ -219,7 +225,7 @@ class BlockWalk:
         @torch.no_grad()
         def collect() -> GramCollector:
             grams, run = self._collector(index, seen)
-            self._for_each_batch(run)
+            self.for_each_batch(run)
             if len(self.activations) < self._rounds:
                 grams.commit()
             return grams
@@ -237,13 +243,15 @@ class BlockWalk:
         """A collector for some layers of a block, and what has it see a batch."""
         dense = self._dense
         if dense is None:
-            grams = GramCollector(layers, self._ranks)
+            grams = GramCollector(layers, self._ranks, self.token_weights)
 
             def run(batch: int) -> None:
-                with grams.collecting():
-                    self._run(index, batch)
+                hidden = self.activations[batch]
+                with grams.collecting(self.place(batch), hidden):
+                    self._calls[index][batch].run(self._blocks[index], hidden)
 
             return grams, run
+        assert self.token_weights is None, "dense targets are for tokens that count the same"
         beside = TargetCollector(layers, self._ranks)
 
         def run_both(batch: int) -> None:
@@ -262,7 +270,7 @@ class BlockWalk:
         def replace(batch: int) -> None:
             self.activations[batch] = self._run(index, batch)
 
-        self._for_each_batch(replace)
+        self.for_each_batch(replace)
         dense = self._dense
         if dense is None:
             return
@@ -271,13 +279,35 @@ class BlockWalk:
             with dense.block():
                 dense.activations[batch] = self._run(index, batch, dense.activations)
 
-        self._for_each_batch(replace_dense)
+        self.for_each_batch(replace_dense)
 
     def _run(self, index: int, batch: int, hidden: Activations | None = None) -> Tensor:
         hidden = self.activations if hidden is None else hidden
         return self._calls[index][batch].run(self._blocks[index], hidden[batch])
 
-    def _for_each_batch(self, work: Callable[[int], None]) -> None:
+    @property
+    def windows(self) -> int:
+        """How many this process runs."""
+        return sum(map(len, self._batches))
+
+    def tokens(self, batch: int) -> Tensor:
+        """A batch's tokens, int64 ``[windows, length]``."""
+        return self._batches[batch]
+
+    def place(self, batch: int) -> slice:
+        """Where a batch's windows are among all of this process."""
+        begin = sum(map(len, self._batches[:batch]))
+        return slice(begin, begin + len(self._batches[batch]))
+
+    def call(self, index: int, batch: int) -> Call:
+        """A block's own arguments for a batch."""
+        return self._calls[index][batch]
+
+    def as_output(self, index: int, hidden: Tensor) -> object:
+        """Hidden states in the form of a block's own output."""
+        return _passing_on(self._lengths)(index, hidden)
+
+    def for_each_batch(self, work: Callable[[int], None]) -> None:
         """Work on all batches; when memory runs out, go on from there with smaller ones."""
         batch = 0
         while batch < len(self.activations):

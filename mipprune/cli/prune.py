@@ -52,9 +52,9 @@ def prune(
     solver: Annotated[
         str | None,
         typer.Option(
-            help="See `mipprune solvers`. Without this and the next five options: alps, update "
+            help="See `mipprune solvers`. Without this and the next seven options: alps, update "
             "least_squares and, with --sparsity, allocate integer_program, the best of "
-            "benchmarks/study.py; with one of them, the others are swap, none, 0 and 0.",
+            "benchmarks/study.py; with one of them, the others are swap, none, 0, 0, equal and 1.",
         ),
     ] = None,
     start: Annotated[
@@ -76,6 +76,19 @@ def prune(
     centre: Annotated[
         float | None,
         typer.Option(help="Judge masks with this share of the inputs' mean taken out of G."),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Judge masks with tokens weighted by fisher, the squared gradients of the model's "
+            "loss at a layer's output, or inverse_norm of the block's input, instead of equal."
+        ),
+    ] = None,
+    row_groups: Annotated[
+        int | None,
+        typer.Option(
+            help="Groups of a layer's rows with Fisher weights of their own.  [default: 1]"
+        ),
     ] = None,
     allocate: Annotated[
         str | None,
@@ -190,6 +203,7 @@ def prune(
     )
     method = chosen_method(
         solver, update, shrink, centre, allocate,
+        tokens=tokens, row_groups=row_groups,  # type: ignore[arg-type] # checked by Surrogate
         more_said=bool(start or option), in_time=time_budget is not None,
         shareable=sparsity is not None and not rule,
     )  # fmt: skip
@@ -217,7 +231,11 @@ def prune(
         seed=seed,
         layer_step=LayerStep(
             Surrogate(
-                shrink=method.shrink, centre=method.centre, dense_targets=parse_targets(targets)
+                shrink=method.shrink,
+                centre=method.centre,
+                dense_targets=parse_targets(targets),
+                tokens=method.tokens,
+                row_groups=method.row_groups,
             ),
             method.update,  # type: ignore[arg-type] # checked there
             bias=bias,  # type: ignore[arg-type] # checked there

@@ -47,6 +47,13 @@ with ranks_of_environment(torch.device("cpu")) as ranks:
         )
         losses = [(layer.tokens, layer.updated_loss) for layer in report.layers]
         records.append((report.mask_hash, losses))
+    for tokens, row_groups in (("fisher", 2), ("inverse_norm", 1)):
+        surrogate = mipprune.Surrogate(tokens=tokens, row_groups=row_groups)
+        report = mipprune.prune(
+            tiny_model("llama"), None, windows, NM(2, 4), "wanda",
+            samples=9, batch_size=2, ranks=ranks, layer_step=mipprune.LayerStep(surrogate),
+        )
+        records.append((report.mask_hash, [layer.surrogate_loss for layer in report.layers]))
     settings = Settings(Rules(NM(2, 4)), "ria", samples=9, batch_size=2)
     source = Source(sys.argv[2], stream=True)
     report = prune_to_folder(source, sys.argv[3], windows, settings, ranks=ranks)

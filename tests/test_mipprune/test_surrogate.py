@@ -13,7 +13,6 @@ from mipprune.surrogate import (
     retargeted,
     shrunk,
     target_term,
-    token_weighted,
 )
 from solvers import InvalidInput, MaskProblem, PerRow, solve, updated_loss
 
@@ -95,16 +94,6 @@ def test_dense_targets_with_pruned_inputs(layer):
     assert float(target_term(weight, inputs.gram, inputs.gram).abs().max()) == 0.0
 
 
-def test_token_weights_count_tokens(layer):
-    _, x = layer
-    repeats = torch.arange(400) % 3
-    counted = x.T.repeat_interleave(repeats, dim=0)
-    expected = counted.T @ counted / len(counted)
-    assert torch.allclose(token_weighted(x.T, repeats.double()), expected)
-    with pytest.raises(InvalidInput, match="not all zero"):
-        token_weighted(x.T, torch.zeros(400))
-
-
 def test_what_is_missing_or_wrong_is_said(layer):
     weight, x = layer
     inputs = Inputs(statistics(x).gram)
@@ -184,7 +173,7 @@ def test_masks_alone_are_judged_by_the_linear_term(layer, update):
     target = weight @ ((1 - share) * x + share * dense)
     for bias in ("none", "existing"):
         step = LayerStep(Surrogate(dense_targets=share), update, bias=bias)
-        problem = step.aim(weight, inputs, has_bias=True).problem(PATTERN)
+        problem = step.aim(weight, inputs, has_bias=True).problems(PATTERN)[0]
         losses = []
         for seed in range(4):
             mask = PATTERN.round(draw(5, 10, seed=seed))
@@ -202,4 +191,4 @@ def test_without_other_inputs_targets_are_the_layers_own(layer):
     aim = step.aim(weight, statistics(x))
     assert aim.plain
     assert torch.equal(aim.weight, weight)
-    assert aim.problem(PATTERN).linear is None
+    assert aim.problems(PATTERN)[0].linear is None
