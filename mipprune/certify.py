@@ -29,7 +29,7 @@ from solvers.semidefinite.layer import fitted_price
 
 from .calibration import Windows
 from .checkpoint import RECORD_FILE, load_masks, write_json
-from .choice import step_of_layer
+from .choice import step_chosen
 from .held_out import split_windows
 from .layer_step import LayerStep
 from .models import LoadedModel, load_model, resolve_device
@@ -159,7 +159,8 @@ def certify(
     placement = Placement(model.model, settings["blocks"])
     recorded = {layer["name"]: layer for layer in record["layers"]}
     observer.begin(len(placement.blocks), len(recorded))
-    run_step, results = _layer_step(settings), []
+    run_step = step_chosen(_layer_step(settings), settings.get("choice"))
+    results = []
     walk = BlockWalk(
         placement,
         windows.tokens,
@@ -178,7 +179,7 @@ def certify(
             observer.phase(layer.name.removeprefix(f"{placement.blocks_name}."))
             mask = masks[layer.name]
             gram = step.grams.gram(layer)
-            layer_step = step_of_layer(run_step, recorded[layer.name].get("choice"))
+            layer_step = step_chosen(run_step, recorded[layer.name].get("choice"))
             aim = layer_step.aim(layer.weight, gram.inputs, layer.bias is not None)
             problems = [one.to("cpu") for one in aim.problems(pattern)]
             found = recorded[layer.name]

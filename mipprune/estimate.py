@@ -222,6 +222,11 @@ def _seconds(
         per_block += _BACKWARD * rounds * first.forward_seconds + 2 * batches * first.load_seconds
     if settings.time_budget is not None:
         return max(settings.time_budget, len(placement.blocks) * per_block)
+    searches, choice = len(settings.candidates()), settings.choice
+    if choice is not None and choice.scope == "model":  # one pass more, over the dense model
+        searches += 1
+        per_block += rounds * (first.collect_seconds + first.forward_seconds)
+        per_block += _LOADS * first.load_seconds
     known: dict[tuple[object, ...], float] = {}
     for layer in first.layers:
         pattern = settings.rules.pattern_for(layer.name)
@@ -232,7 +237,7 @@ def _seconds(
         if kind not in known:
             weight = first.weights[layer.name]
             known[kind] = _layer_seconds(layer.name, weight, gram, rows, settings)
-        per_block += known[kind] * len(settings.candidates())
+        per_block += known[kind] * searches
     return len(placement.blocks) * per_block
 
 

@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from solvers import InvalidInput
 
 from .calibration import Windows
-from .choice import Choice
+from .choice import Choice, Chosen
 from .gram import Gram
 from .layer import LayerSolver, loss_as_written
 from .models import PrunableLayer
+from .observer import Observer
+from .ranks import ALONE, Ranks
 from .record import PrunedLayer
+from .settings import Settings
 from .walk import BlockStep, BlockWalk
 
 
@@ -80,20 +83,68 @@ class Judged:
         A layer that saw no held-out token has the choice's first value.
         """
         if apart is None or apart.tokens == 0:
-            return self._named(self.solvers[0](layer, gram), 0, [])
-        found = [_judged(layer, solve(layer, gram), apart) for solve in self.solvers]
-        losses = [one.result.held_out_updated_loss or 0.0 for one in found]
-        best = min(range(len(losses)), key=losses.__getitem__)
-        return self._named(found[best], best, losses)
-
-    def _named(self, pruned: PrunedLayer, at: int, losses: list[float]) -> PrunedLayer:
+            pruned, chosen = self.solvers[0](layer, gram), None
+            if self.choice is not None:
+                chosen = Chosen(self.choice.option, self.choice.values[0], [])
+            return _named(pruned, chosen)
+        found = [judged(layer, solve(layer, gram), apart) for solve in self.solvers]
         if self.choice is None:
-            return pruned
-        chosen = {"option": self.choice.option, "value": self.choice.values[at], "losses": losses}
-        return replace(pruned, result=replace(pruned.result, choice=chosen))
+            return found[0]
+        chosen = self.choice.made([one.result.held_out_updated_loss or 0.0 for one in found])
+        return _named(found[chosen.place], chosen)
 
 
-def _judged(layer: PrunableLayer, pruned: PrunedLayer, apart: Gram) -> PrunedLayer:
+def chosen_for_model(
+    settings: Settings,
+    walk: BlockWalk,
+    apart: BlockWalk,
+    *,
+    ranks: Ranks = ALONE,
+    observer: Observer | None = None,
+) -> Chosen:
+    """The value of a run's choice with the least held-out loss of all layers together.
+
+    Every layer is pruned alone, with every value, on inputs of the dense model, which is left as
+    it was.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    walk, apart
+        Over the run's windows and those held out, not begun; they are used up.
+    ranks
+        The processes that share the batches. All end with the same.
+    observer
+        Told about progress.
+    """
+    assert settings.choice is not None, "there is something to choose"
+    observer = observer or Observer()
+    candidates = settings.candidates()
+    solvers = [LayerSolver(one, ranks, observer.warning) for one in candidates]
+    losses = [0.0] * len(solvers)
+    for step, held_out in zip(walk, apart, strict=True):
+        for layer in step.layers:
+            if settings.rules.pattern_for(layer.name) is None:
+                continue
+            observer.phase(f"choice of {settings.choice.option}: {layer.name}")
+            gram, gram_apart = step.grams.gram(layer), held_out.grams.gram(layer)
+            for at, solve in enumerate(solvers):
+                pruned = judged(layer, solve(layer, gram), gram_apart)
+                losses[at] += pruned.result.held_out_updated_loss or 0.0
+            step.grams.release(layer)
+            held_out.grams.release(layer)
+    return ranks.gather_objects(settings.choice.made(losses))[0]
+
+
+def _named(pruned: PrunedLayer, chosen: Chosen | None) -> PrunedLayer:
+    if chosen is None:
+        return pruned
+    return replace(pruned, result=replace(pruned.result, choice=chosen.to_dict()))
+
+
+def judged(layer: PrunableLayer, pruned: PrunedLayer, apart: Gram) -> PrunedLayer:
+    """A layer's result with what it loses on held-out windows."""
     mask = pruned.mask.to(layer.weight.device)
     masked = layer.weight.masked_fill(~mask, 0.0)
     new = masked if pruned.weight is None else pruned.weight

@@ -22,13 +22,15 @@ from torch import Tensor
 
 from solvers import InvalidInput
 
+from .choice import Chosen
 from .models import PrunableLayer
 from .record import LayerResult, PrunedLayer, PruneReport, pack, unpack
 from .rules import Rules
 
 _MAGIC = b"mipj"
 _RULES = b"rules of layers: "
-"""Begins no layer's record, which begins with a length: it would be above 10^18."""
+_CHOSEN = b"value for all layers: "
+"""These begin no layer's record, which begins with a length: it would be above 10^18."""
 _HEAD = struct.Struct(">4sQ32s")
 _DECISIVE = ("mipprune", "torch", "numpy", "numba", "transformers", "device", "dtype", "threads")
 """What of the environment may change masks in their last bits."""
@@ -41,12 +43,17 @@ class Finished:
     ----------
     rules
         How it had allocated sparsity to layers; None if it had not.
+    chosen
+        What it had chosen for all layers; None if it had not.
     """
 
     def __init__(
-        self, records: dict[str, dict[str, Any]] | None = None, rules: Rules | None = None
+        self,
+        records: dict[str, dict[str, Any]] | None = None,
+        rules: Rules | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
-        self._records, self.rules = records or {}, rules
+        self._records, self.rules, self.chosen = records or {}, rules, chosen
 
     def __len__(self) -> int:
         return len(self._records)
@@ -87,6 +94,9 @@ class Journal:
 
     def allocate(self, rules: Rules) -> None:
         """Write down how sparsity is allocated to layers, before any is finished."""
+
+    def choose(self, chosen: Chosen) -> None:
+        """Write down what is chosen for all layers, before any is finished."""
 
     def finish(self, layer: PrunableLayer, pruned: PrunedLayer) -> None:
         """Write down a layer, before its weight is changed."""
@@ -129,14 +139,19 @@ class FileJournal(Journal):
             self._append(json.dumps(run).encode())
             return Finished()
         self._must_be_same(json.loads(earlier[0]), json.loads(json.dumps(run)))
-        rules = None
+        rules = chosen = None
         if len(earlier) > 1 and earlier[1].startswith(_RULES):
             rules = Rules.from_dict(json.loads(earlier.pop(1).removeprefix(_RULES)))
+        if len(earlier) > 1 and earlier[1].startswith(_CHOSEN):
+            chosen = Chosen(**json.loads(earlier.pop(1).removeprefix(_CHOSEN)))
         layers = {record["result"]["name"]: record for record in map(_layer, earlier[1:])}
-        return Finished(layers, rules)
+        return Finished(layers, rules, chosen)
 
     def allocate(self, rules: Rules) -> None:
         self._append(_RULES + json.dumps(rules.to_dict()).encode())
+
+    def choose(self, chosen: Chosen) -> None:
+        self._append(_CHOSEN + json.dumps(chosen.to_dict()).encode())
 
     def finish(self, layer: PrunableLayer, pruned: PrunedLayer) -> None:
         from safetensors.numpy import save

@@ -17,7 +17,7 @@ from .budget import shape_of
 from .calibration import Windows, check_tokens, read_windows, window_length
 from .environment import environment
 from .estimate import choose_batch
-from .held_out import Judged, split_windows, together
+from .held_out import Judged, chosen_for_model, split_windows, together
 from .journal import NO_JOURNAL, Journal
 from .layer import LayerSolver, check_layer
 from .masks import StartMasks
@@ -224,6 +224,19 @@ def run(
         settings = replace(settings, rules=rules)
         report.settings["rules"] = rules.to_dict()
     walk.token_weights = weights
+    if settings.choice is not None and settings.choice.scope == "model":
+        value = finished.chosen
+        if value is None:
+            assert apart is not None, "what is chosen is chosen on windows held out"
+            value = chosen_for_model(
+                settings, walk, captured(apart), ranks=ranks, observer=observer
+            )
+            journal.choose(value)
+            del walk
+            walk = captured(windows)
+            walk.token_weights = weights
+        report.settings["choice"] = {**settings.choice.to_dict(), **value.to_dict()}
+        settings = settings.decided(value)
     budget = None
     if settings.time_budget is not None:
         shapes = {layer.name: shape_of(layer) for layer in chosen}

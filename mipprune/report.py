@@ -45,6 +45,18 @@ def layer_table(report: PruneReport) -> Table:
     return table
 
 
+def choice_line(report: PruneReport) -> str | None:
+    """What one value was chosen for all layers, and by which losses; None if none was."""
+    choice = report.settings.get("choice")
+    if not choice or "losses" not in choice:
+        return None
+    each = zip(choice["values"], choice["losses"], strict=True)
+    losses = ", ".join(f"{value}: {loss:.4g}" for value, loss in each)
+    return (
+        f"{choice['option']} is {choice['value']} in all layers, by their held-out loss ({losses})."
+    )
+
+
 def shrink_table(report: ShrinkReport) -> Table:
     """Groups removed from every block, summed by kind."""
     from .structured.coupling import WORDS

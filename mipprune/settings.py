@@ -9,7 +9,7 @@ from solvers import InvalidInput, get_solver
 from solvers.registry import DEFAULT_START
 
 from .allocate import Allocation
-from .choice import Choice
+from .choice import Choice, Chosen
 from .layer_step import LayerStep
 from .masks import StartMasks
 from .rules import Rules
@@ -55,7 +55,7 @@ class Settings:
     held_out
         Share of the calibration windows that is kept apart; what layers lose on it is recorded.
     choice
-        An option of which every layer takes the value of least held-out loss.
+        An option of which every layer, or the model, takes the value of least held-out loss.
 
     Raises
     ------
@@ -142,6 +142,10 @@ class Settings:
             replace(self, layer_step=step, solver_options=options, choice=None)
             for step, options in applied
         ]
+
+    def decided(self, chosen: Chosen) -> Settings:
+        """These settings with the value that was chosen, and nothing left open."""
+        return self.candidates()[chosen.place]
 
     @property
     def windows_at_once(self) -> int:

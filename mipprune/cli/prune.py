@@ -117,6 +117,13 @@ def prune(
             "windows. NAME is shrink, centre, damping, update_damping or an option of the solver."
         ),
     ] = None,
+    choose_for: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose for each layer, or one value for the model, by the loss of all layers in "
+            "a pass over the dense model before the run.  [default: layer]"
+        ),
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = 128,
     seqlen: SeqLen = 2048,
@@ -187,7 +194,7 @@ def prune(
     from ..progress import LineObserver, Observers, progress, run_log
     from ..ranks import is_first_process
     from ..recipe import recipe_text
-    from ..report import layer_table, plan_table
+    from ..report import choice_line, layer_table, plan_table
     from ..rules import Rules, parse_rule
     from ..settings import Settings
     from ..surrogate import Surrogate
@@ -195,6 +202,8 @@ def prune(
 
     if quiet and verbose:
         raise InvalidInput("Give --quiet or --verbose, not both.")
+    if choose_for is not None and choose is None:
+        raise InvalidInput("--choose-for says for what --choose chooses; give that too.")
     rules = Rules(
         parse_pattern(sparsity, pattern, scope),
         tuple(parse_rule(text, scope) for text in rule or []),
@@ -243,7 +252,7 @@ def prune(
         allocation=allocation,
         time_budget=None if time_budget is None else parse_seconds(time_budget),
         held_out=held_out,
-        choice=None if choose is None else Choice.parse(choose),
+        choice=None if choose is None else Choice.parse(choose, choose_for or "layer"),  # type: ignore[arg-type]
     )
     quiet_transformers()
     if dry_run:
@@ -310,6 +319,9 @@ def prune(
         terminal.out.print(f"The run was complete. Written: {out}", soft_wrap=True, markup=False)
         return
     terminal.out.print(layer_table(report))
+    said = choice_line(report)
+    if said is not None:
+        terminal.out.print(said, markup=False)
     terminal.out.print(
         f"Pruned {report.sparsity:.1%} of {report.coverage.prunable:,} weights "
         f"({report.coverage.share:.0%} of the block weights); mask hash {report.mask_hash[:16]}.",

@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from mipprune.job import prune_to_folder
 from mipprune.journal import FileJournal
 from mipprune.models import LoadedModel, all_layers, find_blocks
 from mipprune.opening import Source
-from mipprune.report import layer_table
+from mipprune.report import choice_line, layer_table
 from mipprune.rules import Rules
 from mipprune.settings import Settings
 from solvers import InvalidInput, PerRow, updated_loss
@@ -150,6 +151,71 @@ def test_resumed_streamed_and_certified(source, tmp_path, monkeypatch):
     certify(tmp_path / "whole", rows=1, row_seconds=0.1, model=dense, calibration=WINDOWS)
 
 
+@pytest.mark.parametrize("grams", ["pruned", "dense"])
+def test_a_value_for_the_model_has_the_least_loss_of_all_layers(grams):
+    """Measured on dense inputs, before the run, whatever the run's are."""
+    settings = {**SIZE, "held_out": 0.25, "layer_step": LayerStep(update="gain")}
+
+    def prune(**more):
+        return mipprune.prune(tiny_model("llama"), None, WINDOWS, HALF, **{**settings, **more})
+
+    report = prune(choice=replace(SHRINK, scope="model"), grams=grams)
+    steps = [LayerStep(Surrogate(shrink=value), "gain") for value in SHRINK.values]
+    losses = [prune(layer_step=step, grams="dense").held_out_loss for step in steps]
+    choice = report.settings["choice"]
+    assert choice["losses"] == pytest.approx(losses, rel=1e-12)
+    best = losses.index(min(losses))
+    assert choice["value"] == SHRINK.values[best]
+    assert choice["values"] == list(SHRINK.values)
+    assert len(set(losses)) == 3
+    expected = prune(layer_step=steps[best], grams=grams)
+    assert report.mask_hash == expected.mask_hash
+    assert report.layers[5].held_out_loss == expected.layers[5].held_out_loss
+    assert report.layers[5].choice is None
+    assert f"shrink is {choice['value']} in all layers, by their held-out loss (0.0: " in (
+        choice_line(report)
+    )
+    assert choice_line(expected) is None
+
+
+def test_a_value_for_the_model_is_chosen_once(source, tmp_path, monkeypatch):
+    """Also where sparsity is allocated before; the choice is not made anew, and certified."""
+    settings = Settings(
+        Rules(HALF),
+        choice=Choice("damping", (0.0, 1.0), "model"),
+        allocation=mipprune.Allocation("owl"),
+        held_out=0.25,
+        **SIZE,
+    )
+    whole = Source(source)
+    report = prune_to_folder(whole, tmp_path / "whole", WINDOWS, settings)
+    assert report.settings["choice"]["value"] == 1.0
+    prune_to_folder(Source(source, stream=True), tmp_path / "streamed", WINDOWS, settings)
+    choose, measured = FileJournal.choose, []
+
+    def watched(self, chosen):
+        measured.append(chosen)
+        choose(self, chosen)
+
+    monkeypatch.setattr(FileJournal, "choose", watched)
+    finish = FileJournal.finish
+
+    def crash(self, layer, pruned):
+        raise KeyboardInterrupt
+
+    for at in (crash, finish):
+        monkeypatch.setattr(FileJournal, "finish", at)
+        with pytest.raises(KeyboardInterrupt) if at is crash else nullcontext():
+            prune_to_folder(whole, tmp_path / "resumed", WINDOWS, settings, resume=True)
+    assert len(measured) == 1
+    folders = [content(tmp_path / name) for name in ("whole", "resumed", "streamed")]
+    assert folders[0] == folders[1]
+    assert folders[0]["mipprune.json"] == folders[2]["mipprune.json"]
+    loaded = mipprune.load_model(source, torch.device("cpu"))
+    dense = LoadedModel(loaded.model, loaded.tokenizer, loaded.stored_dtype)
+    certify(tmp_path / "whole", rows=1, row_seconds=0.01, model=dense, calibration=WINDOWS)
+
+
 def test_what_was_held_out_is_shown():
     report = mipprune.prune(
         tiny_model("llama"), None, WINDOWS, HALF, "swap", held_out=0.25, choice=SHRINK, **SIZE
@@ -165,6 +231,9 @@ def test_what_was_held_out_is_shown():
 def test_choices_as_they_are_written():
     assert Choice.parse("shrink=0,0.25,1") == Choice("shrink", (0, 0.25, 1))
     assert Choice.parse("step = auto,exact") == Choice("step", ("auto", "exact"))
+    assert Choice.parse("shrink=0,1", "model").scope == "model"
+    with pytest.raises(InvalidInput, match="not for 'row'; give layer or model"):
+        Choice.parse("shrink=0,1", "row")
     for text, message in [
         ("shrink", "not of the form"),
         ("=1,2", "not of the form"),
@@ -199,3 +268,18 @@ def test_an_expert_without_held_out_tokens_takes_the_first_value():
     assert 0 < len(unseen) < len(report.layers)
     assert all(layer.choice["value"] == 0.0 for layer in unseen)
     assert report.held_out_loss is None
+
+
+def test_the_command_line_says_for_what_it_is_chosen(run, tmp_path):
+    size = ["--samples", "2", "--seqlen", "64", "--pattern", "2:4", "--only", "*.0.*.o_proj"]
+    options = ["--solver", "wanda", "--choose", "shrink=0,0.5", "--held-out", "0.5"]
+    code, printed, err = run(
+        "prune", "embedded", "--out", tmp_path / "out", *options, *size, "--choose-for", "model"
+    )
+    assert code == 0, err
+    assert "shrink is 0 in all layers, by their held-out loss (0: " in printed
+    code, _, err = run(
+        "prune", "embedded", "--out", tmp_path / "no", *size, "--choose-for", "model"
+    )
+    assert code != 0
+    assert "give that too" in err
