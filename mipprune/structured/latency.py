@@ -135,6 +135,11 @@ def time_curves(
         Counts to consider, of which `POINTS` are timed.
     latency
         How.
+
+    Raises
+    ------
+    InvalidInput
+        If a block does not run with fewer groups.
     """
     model: Any = placement.model
     one_pass = Pass(placement, tokens, latency.clock)
@@ -157,7 +162,16 @@ def time_curves(
                     made = empty_model(model, {kind: count}).get_submodule(name)
                     cut_block(made, block, couplings, {kind: torch.arange(some[0]) < count})
                     works.append(one_pass.work(index, made))
-            rounds = np.array(one_pass.rounds(works))
+            try:
+                rounds = np.array(one_pass.rounds(works))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # shapes that do not go together
+                kinds = " and ".join(WORDS[kind] for kind in columns)
+                raise InvalidInput(
+                    f"Block {index} of a model of type {model.config.model_type} does not run with "
+                    f"fewer {kinds}; its structure is not understood, and nothing was written."
+                ) from error
         dense += len(alike) * float(np.median(rounds[:, 0]))
         for kind, own in columns.items():
             saved[kind] += len(alike) * np.median(rounds[:, :1] - rounds[:, own], axis=0)

@@ -100,6 +100,7 @@ def test_a_model_whose_blocks_visit_the_device(clock):
         ("llama", {"latency": Latency(0.9, 65)}, "give --latency-tokens 64 or less"),
         ("llama", {"latency": Latency(0.9, 8), "parameters": 0.5}, "Give one of these"),
         ("llama", {"latency": Latency(0.9, 8), "neurons": 0.5}, "Give one of these"),
+        ("olmoe", {"latency": Latency(0.9, 8)}, "of type olmoe does not run with fewer KV groups"),
         ("bloom", {"latency": Latency(0.9, 8)}, "type bloom has no number of MLP neurons"),
     ],
 )
