@@ -12,7 +12,7 @@ knapsack, solved exactly (`solvers.knapsack`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -27,15 +27,14 @@ from ..loss_curves import Divergence
 from ..models import PrunableLayer
 from ..placement import Placement
 from .coupling import (
-    WORDS,
     Kind,
     Options,
-    empty_model,
     find_structure,
     group_count,
     smaller_config,
 )
-from .latency import Latency, check_reachable, needed, time_curves
+from .latency import Latency, time_savings
+from .savings import Parameters, parameters_each
 
 if TYPE_CHECKING:
     from ..walk import BlockWalk
@@ -74,94 +73,6 @@ class Curve:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Savings:
-    """What has to be saved, and what counts save, in whole units.
-
-    Attributes
-    ----------
-    target
-        At least.
-    amounts
-        By kind: of each count considered.
-    measured
-        What decided, if it was measured; for the record.
-    """
-
-    target: int
-    amounts: dict[Kind, list[int]]
-    measured: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """A share of the model's parameters to keep at most.
-
-    Parameters
-    ----------
-    share
-        In (0, 1).
-    """
-
-    share: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise InvalidInput(f"Share {self.share} of the parameters is outside (0, 1).")
-
-    def savings(self, model: Any, options: dict[Kind, Options], add_biases: bool) -> Savings:
-        """In parameters; biases that will be added have to be saved besides.
-
-        Raises
-        ------
-        InvalidInput
-            If not so many can go.
-        """
-        total = sum(one.numel() for one in model.parameters())
-        target = total - int(total * self.share) + (_added(model) if add_biases else 0)
-        each = {kind: _parameters(model, one) for kind, one in options.items()}
-        amounts = {
-            kind: [each[kind] * (one.counts[0] - count) for count in one.counts]
-            for kind, one in options.items()
-        }
-        most = sum(of_kind[-1] for of_kind in amounts.values())
-        if target > most:
-            raise InvalidInput(
-                f"At most {most / total:.1%} of the parameters can go with the "
-                f"{' and '.join(WORDS[kind] for kind in options)}; keep at least "
-                f"{1 - most / total:.3f}."
-            )
-        return Savings(target, amounts)
-
-
-def time_savings(
-    placement: Placement, tokens: Tensor, options: dict[Kind, Options], latency: Latency
-) -> Savings:
-    """What a bound on the time of a pass asks for, measured.
-
-    Parameters
-    ----------
-    placement
-        Holds the model.
-    tokens
-        int64, of any text.
-    options
-        Counts to consider.
-    latency
-        The bound.
-
-    Raises
-    ------
-    InvalidInput
-        If it cannot be reached, or the model has too few positions.
-    """
-    found = time_curves(placement, latency.sequences(tokens, placement.model), options, latency)
-    amounts = {kind: found.parts(kind, one.counts) for kind, one in options.items()}
-    most = sum(of_kind[-1] for of_kind in amounts.values())
-    check_reachable(latency, most, list(options))
-    return Savings(needed(latency.share), amounts, found.to_dict())
 
 
 @dataclass(frozen=True)
@@ -259,7 +170,7 @@ def counts_within(
         anchor_loss = float(losses[kind][anchors[kind]])
         scale = measured / anchor_loss if anchor_loss > 0 else 0.0
         costs = tuple(scale * float(losses[kind][count]) for count in considered.counts)
-        each = _parameters(model, considered)
+        each = parameters_each(model, considered)
         curves.append(Curve(kind, each, measured, anchors[kind], considered.counts, costs))
     chosen = choose(
         [one.costs for one in curves],
@@ -304,22 +215,6 @@ def _counts(config: Any, kind: Kind, multiple_of: int) -> list[int]:
     if len(found) == 1:
         smaller_config(config, {kind: count - 1})
     return found
-
-
-def _added(model: Any) -> int:
-    """Parameters of all biases that the configuration can add; no fewer than will be added."""
-    built = empty_model(model, {}, get_args(Kind))
-    there = {name for name, _ in model.named_parameters()}
-    return sum(one.numel() for name, one in built.named_parameters() if name not in there)
-
-
-def _parameters(model: Any, options: Options) -> int:
-    """Parameters of one group, summed over the blocks."""
-    total = 0
-    for one in (one for block in options.couplings for one in block):
-        block = model.get_submodule(one.block_name)
-        total += sum(block.get_parameter(name).numel() for name in one.parts) // one.count
-    return total
 
 
 def _anchor(counts: Sequence[int], amounts: Sequence[int], target: int) -> int:

@@ -1,6 +1,5 @@
 """Time of a forward pass as a budget: measured on the device at hand, before and afterwards.
 
-A pass is what lies outside the blocks (embedding, norms, head), and the blocks one after the other.
 Before anything is removed, one block of every shape is timed with several counts of groups, whole
 and smaller in turn; what is saved is taken to add up over blocks and kinds. Afterwards the whole
 smaller model is timed against the large one, which shows whether it did.
@@ -9,12 +8,9 @@ smaller model is timed against the large one, which shows whether it did.
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,17 +20,14 @@ from torch import Tensor, nn
 from solvers import InvalidInput
 
 from ..calibration import window_length
-from ..capture import answering, capture, forward, hidden_output
-from ..placement import OUTSIDE, Placement
+from ..placement import Placement
 from .coupling import WORDS, Kind, Options, empty_model
+from .passes import Clock, Pass
+from .savings import Savings
 from .smaller import cut_block
 
 POINTS = 8
 """Counts that are timed besides the whole, at most."""
-
-FEWEST, MOST, SECONDS = 9, 51, 10.0
-"""A measurement is repeated as often as there is time for, within limits; what is compared takes
-turns, and medians are taken."""
 
 PARTS = 10_000
 """Savings are whole parts of the dense model's time, rounded down."""
@@ -59,7 +52,7 @@ class Latency:
     share: float
     tokens: int = 256
     batch: int = 1
-    clock: Callable[[], float] = field(default=time.perf_counter, repr=False, compare=False)
+    clock: Clock = field(default=time.perf_counter, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -142,6 +135,11 @@ def time_curves(
         Counts to consider, of which `POINTS` are timed.
     latency
         How.
+
+    Raises
+    ------
+    InvalidInput
+        If a block does not run with fewer groups.
     """
     model: Any = placement.model
     one_pass = Pass(placement, tokens, latency.clock)
@@ -164,7 +162,16 @@ def time_curves(
                     made = empty_model(model, {kind: count}).get_submodule(name)
                     cut_block(made, block, couplings, {kind: torch.arange(some[0]) < count})
                     works.append(one_pass.work(index, made))
-            rounds = np.array(one_pass.rounds(works))
+            try:
+                rounds = np.array(one_pass.rounds(works))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # shapes that do not go together
+                kinds = " and ".join(WORDS[kind] for kind in columns)
+                raise InvalidInput(
+                    f"Block {index} of a model of type {model.config.model_type} does not run with "
+                    f"fewer {kinds}; its structure is not understood, and nothing was written."
+                ) from error
         dense += len(alike) * float(np.median(rounds[:, 0]))
         for kind, own in columns.items():
             saved[kind] += len(alike) * np.median(rounds[:, :1] - rounds[:, own], axis=0)
@@ -173,124 +180,42 @@ def time_curves(
     )
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A smaller model's pass against the large one's, in turns.
-
-    Attributes
-    ----------
-    dense, smaller
-        Median seconds.
-    ratio
-        Median of the rounds' ratios.
-    interval
-        Where the median of the ratio lies with a probability of 95 % or more (order statistics,
-        for which no distribution is assumed).
-    rounds
-        How many.
-    """
-
-    dense: float
-    smaller: float
-    ratio: float
-    interval: tuple[float, float]
-    rounds: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "dense_seconds": self.dense,
-            "seconds": self.smaller,
-            "of_dense": self.ratio,
-            "interval": list(self.interval),
-            "rounds": self.rounds,
-        }
-
-
-@torch.no_grad()
-def compared(dense: Placement, smaller: Placement, tokens: Tensor, latency: Latency) -> Compared:
-    """Time whole passes of two models in turn."""
-    passes = [Pass(one, tokens, latency.clock) for one in (dense, smaller)]
-    both = _repeated(lambda: [one.seconds() for one in passes])
-    ratios = sorted(b / a for a, b in both)
-    rank = _median_rank(len(ratios))
-    return Compared(
-        statistics.median(a for a, _ in both),
-        statistics.median(b for _, b in both),
-        statistics.median(ratios),
-        (ratios[rank], ratios[-1 - rank]),
-        len(ratios),
-    )
-
-
-class Pass:
-    """A model's forward pass in pieces, each of which can be timed on the device.
+def time_savings(
+    placement: Placement, tokens: Tensor, options: dict[Kind, Options], latency: Latency
+) -> Savings:
+    """What a bound on the time of a pass asks for, measured.
 
     Parameters
     ----------
     placement
-        Holds the model. Where one block at a time is on the device, its way there is not timed.
+        Holds the model.
     tokens
-        int64 ``[batch, length]``.
-    clock
-        Gives seconds.
+        int64, of any text.
+    options
+        Counts to consider.
+    latency
+        The bound.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot be reached, or the model has too few positions.
     """
-
-    def __init__(self, placement: Placement, tokens: Tensor, clock: Callable[[], float]) -> None:
-        self._placement, self._tokens, self._clock = placement, tokens, clock
-        self._outputs: list[Any] = []
-        with ExitStack() as stack:
-            stack.enter_context(placement.forward())
-            for block in placement.blocks:
-                hook = block.register_forward_hook(lambda _, __, out: self._outputs.append(out))
-                stack.callback(hook.remove)
-            record = capture(placement.model, placement.blocks, [tokens], forward)
-        self._calls = [calls[0] for calls in record.calls]
-        self._inputs = [record.hidden[0], *map(hidden_output, self._outputs[:-1])]
-
-    def work(self, index: int, block: nn.Module) -> Callable[[], object]:
-        """Runs a block in the place of block ``index``."""
-        return partial(self._calls[index].run, block, self._inputs[index])
-
-    @contextmanager
-    def outside(self) -> Iterator[Callable[[], object]]:
-        """While this lasts, runs all but the blocks."""
-        placement = self._placement
-        answers = answering(placement.blocks, lambda index, _: self._outputs[index])
-        with placement.block(OUTSIDE), answers:
-            yield partial(forward, placement.model, self._tokens)
-
-    def seconds(self) -> float:
-        """Of one whole pass."""
-        with self.outside() as work:
-            total = self._timed(work)
-        for index in range(len(self._calls)):
-            with self._placement.block(index) as block:
-                total += self._timed(self.work(index, block))
-        return total
-
-    def rounds(self, works: Sequence[Callable[[], object]]) -> list[list[float]]:
-        """Seconds of each, round by round."""
-        return _repeated(lambda: [self._timed(work) for work in works])
-
-    def _timed(self, work: Callable[[], object]) -> float:
-        device = self._placement.device
-        self._placement.settle()
-        _finish(device)
-        began = self._clock()
-        work()
-        _finish(device)
-        return self._clock() - began
+    found = time_curves(placement, latency.sequences(tokens, placement.model), options, latency)
+    amounts = {kind: found.parts(kind, one.counts) for kind, one in options.items()}
+    most = sum(of_kind[-1] for of_kind in amounts.values())
+    _check_reachable(latency, most, list(options))
+    return Savings(_needed(latency.share), amounts, found.to_dict())
 
 
-def needed(share: float) -> int:
+def _needed(share: float) -> int:
     """What has to be saved, in `PARTS`."""
     return math.ceil((1 - share) * PARTS - 1e-6)
 
 
-def check_reachable(latency: Latency, most: int, kinds: Sequence[Kind]) -> None:
+def _check_reachable(latency: Latency, most: int, kinds: Sequence[Kind]) -> None:
     """Raise `InvalidInput` if ``most`` `PARTS` saved are too few; it names the smallest share."""
-    if needed(latency.share) <= most:
+    if _needed(latency.share) <= most:
         return
     what = " and ".join(WORDS[kind] for kind in kinds)
     size = f"{latency.batch} x {latency.tokens} tokens"
@@ -321,13 +246,6 @@ def _spread(counts: Sequence[int]) -> tuple[int, ...]:
     return tuple(counts[place] for place in places)
 
 
-def _repeated(one_round: Callable[[], list[float]]) -> list[list[float]]:
-    """Seconds of rounds, after one that tells how many there is time for."""
-    spent = sum(one_round())
-    count = MOST if spent * MOST <= SECONDS else max(FEWEST, int(SECONDS / spent))
-    return [one_round() for _ in range(count)]
-
-
 def _monotone(values: Any) -> tuple[float, ...]:
     """The nearest sequence that never falls, by least squares; from zero, and not below.
 
@@ -343,18 +261,3 @@ def _monotone(values: Any) -> tuple[float, ...]:
         for k in places
     ]
     return (0.0, *(max(float(one), 0.0) for one in fitted[1:]))
-
-
-def _median_rank(count: int) -> int:
-    """Largest r with P(Binomial(count, 1/2) <= r) <= 2.5 %; for six or more."""
-    rank, below = 0, 1 / 2**count
-    while below + math.comb(count, rank + 1) / 2**count <= 0.025:
-        rank += 1
-        below += math.comb(count, rank) / 2**count
-    return rank
-
-
-def _finish(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -22,11 +22,13 @@ from ..placement import FromFolder, FromHost, Placement
 from ..prune import calibration_windows, model_environment
 from ..surrogate import Inputs
 from ..walk import HOST_BYTES, BlockStep, BlockWalk
-from .budget import Decision, Parameters, counts_within
+from .budget import Decision, counts_within
 from .choice import Chosen, Method, choose
 from .coupling import WORDS, Coupling, Kind, Structure, find_structure, group_count
-from .latency import Latency, compared
+from .latency import Latency
+from .passes import compared
 from .report import ShrinkReport
+from .savings import Parameters
 from .smaller import Kept, Smaller
 
 if TYPE_CHECKING:
@@ -253,7 +255,7 @@ def _time_again(
         if type(placement) is Placement
         else FromHost(made, device, placement.blocks_name)
     )
-    found = compared(placement, small, latency.sequences(text, model), latency)
+    found = compared(placement, small, latency.sequences(text, model), latency.clock)
     for buffer in made.buffers():
         buffer.data = buffer.data.to(_home(placement))
     report.latency = {**(report.latency or {}), **latency.to_dict(), "measured": found.to_dict()}

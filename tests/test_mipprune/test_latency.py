@@ -10,7 +10,8 @@ from torch import nn
 import mipprune
 from mipprune import InvalidInput, Latency, Windows, shrink
 from mipprune.placement import FromHost, Placement
-from mipprune.structured.latency import Pass, TimeCurves, _median_rank, _monotone, compared
+from mipprune.structured.latency import TimeCurves, _monotone
+from mipprune.structured.passes import Pass, _median_rank, compared
 from mipprune.structured.shrink import share_removed
 
 WINDOWS = Windows(tiny_tokens(), "test")
@@ -99,6 +100,7 @@ def test_a_model_whose_blocks_visit_the_device(clock):
         ("llama", {"latency": Latency(0.9, 65)}, "give --latency-tokens 64 or less"),
         ("llama", {"latency": Latency(0.9, 8), "parameters": 0.5}, "Give one of these"),
         ("llama", {"latency": Latency(0.9, 8), "neurons": 0.5}, "Give one of these"),
+        ("olmoe", {"latency": Latency(0.9, 8)}, "of type olmoe does not run with fewer KV groups"),
         ("bloom", {"latency": Latency(0.9, 8)}, "type bloom has no number of MLP neurons"),
     ],
 )
@@ -167,7 +169,7 @@ def test_ratios_are_of_rounds_in_turn():
         now[1] += 1
         return now[0]
 
-    found = compared(*placements, tiny_tokens(1, 8), Latency(0.5, 8, clock=clock))
+    found = compared(*placements, tiny_tokens(1, 8), clock)
     # of 2, 4, 5, 8, 10, 16, 32, 64, 128 and of 1, 2, 4, 8, 10, 16, 20, 32, 64
     assert (found.dense, found.smaller, found.ratio, found.rounds) == (10.0, 10.0, 0.5, 9)
     assert found.interval == (0.5, 2.0)  # the second of nine from either end
