@@ -16,13 +16,14 @@ from solvers import InvalidInput
 
 from .allocate import Allocation
 from .calibration import Windows
-from .checkpoint import load_masks, save
+from .checkpoint import load_masks, load_order, save
 from .choice import Choice
 from .evaluate import Estimate, Perplexity, SideBySide, perplexity, side_by_side
 from .layer_step import LayerStep
 from .masks import StartMasks, apply_masks, keep_zeros, zero_pattern
 from .models import LoadedModel, load_model
 from .observer import Observer
+from .permute import apply_order
 from .prune import layer_problem, prune
 from .record import LayerResult, PruneReport
 from .rules import Rules
@@ -50,10 +51,12 @@ __all__ = [
     "Surrogate",
     "Windows",
     "apply_masks",
+    "apply_order",
     "keep_zeros",
     "layer_problem",
     "load_masks",
     "load_model",
+    "load_order",
     "perplexity",
     "prune",
     "save",

@@ -326,6 +326,26 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256(f"{tokenizer.eos_token_id} {rules}".encode()).hexdigest()
 
 
+def calibration_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: str | Windows | None,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    token_cache: str | Path | None = None,
+) -> Windows:
+    """Windows to calibrate on, no longer than the model's positions."""
+    windows = calibration
+    if not isinstance(windows, Windows):
+        length = window_length(model.config, seqlen)
+        windows = read_windows(
+            windows, "calibration", tokenizer, length, samples, seed, cache=token_cache
+        )
+    check_tokens(model, windows)
+    return windows
+
+
 def check_tokens(model: PreTrainedModel, windows: Windows) -> None:
     """Refuse token ids that the model has no embedding for.
 

@@ -27,15 +27,16 @@ from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, solve
 from solvers.certificate import Verified, check, load_certificates, save_certificates
 from solvers.semidefinite.layer import fitted_price
 
-from .calibration import Windows
-from .checkpoint import RECORD_FILE, load_masks, write_json
+from .calibration import Windows, calibration_windows
+from .checkpoint import ORDER_FILE, RECORD_FILE, load_masks, load_order, write_json
 from .choice import step_chosen
 from .held_out import split_windows
 from .layer_step import LayerStep
 from .models import LoadedModel, load_model, resolve_device
 from .observer import Observer
+from .permute import apply_orders, as_orders
 from .placement import Placement
-from .prune import calibration_windows
+from .record import order_digest
 from .results import read_record, write_results
 from .rules import Rules
 from .stages import Stages
@@ -157,6 +158,7 @@ def certify(
             "was pruned; certify with the text and versions of its record."
         )
     placement = Placement(model.model, settings["blocks"])
+    _reorder(placement, folder, record, windows)
     recorded = {layer["name"]: layer for layer in record["layers"]}
     observer.begin(len(placement.blocks), len(recorded))
     run_step = step_chosen(_layer_step(settings), settings.get("choice"))
@@ -259,6 +261,20 @@ def _dense_model(settings: dict[str, Any], device: str, trust_remote_code: bool)
     return load_model(
         source, resolve_device(device), settings.get("dtype", "auto"), trust_remote_code
     )
+
+
+def _reorder(placement: Placement, folder: Path, record: dict[str, Any], windows: Windows) -> None:
+    """Put the dense model's inputs in the order that the run gave them, if it did."""
+    about = record.get("order")
+    if about is None:
+        return
+    order = load_order(folder)
+    if order_digest(order) != about["sha256"]:
+        raise InvalidInput(
+            f"{folder / ORDER_FILE} is not what its record says; take the file of that run."
+        )
+    first = windows.tokens[: record["settings"]["batch_size"]]
+    apply_orders(placement, as_orders(order), first)
 
 
 def _layer_step(settings: dict[str, Any]) -> LayerStep:

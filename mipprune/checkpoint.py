@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .record import Record
 
 MASKS_FILE = PruneReport.masks_file
+ORDER_FILE = "order.safetensors"
 RECORD_FILE = "mipprune.json"
 TIMINGS_FILE = "timings.json"
 
@@ -85,6 +86,8 @@ def save_beside(folder: Path, tokenizer: PreTrainedTokenizerBase, report: Record
 
     tokenizer.save_pretrained(folder)
     save_masks(folder / report.masks_file, report.masks)
+    if isinstance(report, PruneReport) and report.orders:
+        save_order(folder / ORDER_FILE, {name: one.order for name, one in report.orders.items()})
     write_json(folder / RECORD_FILE, report.to_dict())
     write_json(folder / TIMINGS_FILE, report.timings())
     write_results(folder, report.to_dict())
@@ -174,6 +177,40 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
             }
     except (SafetensorError, KeyError, ValueError) as error:
         raise InvalidInput(f"{file} is no file of packed masks ({error}).") from error
+
+
+def save_order(path: str | Path, order: Mapping[str, Tensor]) -> None:
+    """Orders of inputs by the layer that reads them, int32 ``[d]``."""
+    from safetensors.torch import save_file
+
+    with replaced_on_success(path) as temporary:
+        save_file({name: one.to(torch.int32) for name, one in order.items()}, temporary)
+
+
+def load_order(folder: str | Path) -> dict[str, Tensor]:
+    """In what order a pruned model's inputs are: by layer, long ``[d]``, the input of each place.
+
+    Empty for a model whose inputs are in the order of the dense model.
+
+    Raises
+    ------
+    InvalidInput
+        If the file that says it cannot be read, or holds something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(folder) / ORDER_FILE
+    if not file.is_file():
+        return {}
+    try:
+        order = {name: one.long() for name, one in load_file(file).items()}
+    except SafetensorError as error:
+        raise InvalidInput(f"{file} is not a readable safetensors file ({error}).") from error
+    for name, one in order.items():
+        if not torch.equal(one.flatten().sort().values, torch.arange(one.numel())):
+            raise InvalidInput(f"{file} holds no order of the inputs of {name}.")
+    return order
 
 
 def finite(value: Any) -> Any:

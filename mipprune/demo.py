@@ -14,10 +14,11 @@ from solvers import NM, MaskProblem, Pattern, PerRow, solve
 from .calibration import cut_windows, read_texts
 from .checkpoint import write_json
 from .embedded import MODEL_NAME
+from .environment import model_environment
 from .evaluate import perplexity
 from .models import load_model
 from .observer import Observer
-from .prune import layer_problem, model_environment, prune
+from .prune import layer_problem, prune
 from .report import demo_plot
 
 WINDOW = 256

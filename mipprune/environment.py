@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def environment(device: torch.device, packages: Iterable[str]) -> dict[str, Any]:
@@ -22,6 +23,13 @@ def environment(device: torch.device, packages: Iterable[str]) -> dict[str, Any]
         "threads": torch.get_num_threads(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def model_environment(model: nn.Module, device: torch.device | None = None) -> dict[str, Any]:
+    """The record's environment, with the type that the model computes in."""
+    parameter = next(model.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return {**environment(device or parameter.device, ["transformers"]), "dtype": dtype}
 
 
 def _version(package: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .calibration import Windows
+from .calibration import Windows, calibration_windows
 from .checkpoint import Shards, save_beside
 from .estimate import Plan, plan
 from .journal import NO_JOURNAL
@@ -22,7 +22,7 @@ from .models import resolve_device
 from .observer import Observer
 from .opening import OpenedModel, Source
 from .placement import OUTSIDE, FromFolder
-from .prune import calibration_windows, run, settled
+from .prune import run, settled
 from .ranks import Ranks, own_device, ranks_of_environment
 from .record import PruneReport
 from .settings import Settings

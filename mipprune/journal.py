@@ -1,8 +1,9 @@
 """An append-only record of finished layers, so that a killed run goes on where it was.
 
 The file is a sequence of records ``magic, length, SHA-256, payload``, each on disk before the run
-goes on. The first holds what decides the masks (settings, calibration tokens, versions), every
-other one a finished layer: its result, its mask, and the hash of the dense weight it is for. A
+goes on. The first holds what decides the masks (settings, calibration tokens, versions); there
+may be one with the order of inputs and one with the sparsity allocated to layers; every other one
+holds a finished layer: its result, its mask, and the hash of the dense weight it is for. A
 record that a crash cut short fails its checksum; it and what follows it are dropped.
 """
 
@@ -20,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from solvers import InvalidInput
+from solvers import InputOrder, InvalidInput
 
 from .choice import Chosen
 from .models import PrunableLayer
@@ -30,6 +31,7 @@ from .rules import Rules
 _MAGIC = b"mipj"
 _RULES = b"rules of layers: "
 _CHOSEN = b"value for all layers: "
+_ORDERS = b"order of inputs: "
 """These begin no layer's record, which begins with a length: it would be above 10^18."""
 _HEAD = struct.Struct(">4sQ32s")
 _DECISIVE = ("mipprune", "torch", "numpy", "numba", "transformers", "device", "dtype", "threads")
@@ -45,6 +47,8 @@ class Finished:
         How it had allocated sparsity to layers; None if it had not.
     chosen
         What it had chosen for all layers; None if it had not.
+    orders
+        In what order it had put inputs; None if it had not.
     """
 
     def __init__(
@@ -52,8 +56,10 @@ class Finished:
         records: dict[str, dict[str, Any]] | None = None,
         rules: Rules | None = None,
         chosen: Chosen | None = None,
+        orders: dict[str, InputOrder] | None = None,
     ) -> None:
         self._records, self.rules, self.chosen = records or {}, rules, chosen
+        self.orders = orders
 
     def __len__(self) -> int:
         return len(self._records)
@@ -98,6 +104,9 @@ class Journal:
     def choose(self, chosen: Chosen) -> None:
         """Write down what is chosen for all layers, before any is finished."""
 
+    def reorder(self, orders: dict[str, InputOrder]) -> None:
+        """Write down in what order inputs are put, before anything else."""
+
     def finish(self, layer: PrunableLayer, pruned: PrunedLayer) -> None:
         """Write down a layer, before its weight is changed."""
 
@@ -139,19 +148,25 @@ class FileJournal(Journal):
             self._append(json.dumps(run).encode())
             return Finished()
         self._must_be_same(json.loads(earlier[0]), json.loads(json.dumps(run)))
-        rules = chosen = None
+        orders = rules = chosen = None
+        if len(earlier) > 1 and earlier[1].startswith(_ORDERS):
+            orders = _read_orders(earlier.pop(1).removeprefix(_ORDERS))
         if len(earlier) > 1 and earlier[1].startswith(_RULES):
             rules = Rules.from_dict(json.loads(earlier.pop(1).removeprefix(_RULES)))
         if len(earlier) > 1 and earlier[1].startswith(_CHOSEN):
             chosen = Chosen(**json.loads(earlier.pop(1).removeprefix(_CHOSEN)))
         layers = {record["result"]["name"]: record for record in map(_layer, earlier[1:])}
-        return Finished(layers, rules, chosen)
+        return Finished(layers, rules, chosen, orders)
 
     def allocate(self, rules: Rules) -> None:
         self._append(_RULES + json.dumps(rules.to_dict()).encode())
 
     def choose(self, chosen: Chosen) -> None:
         self._append(_CHOSEN + json.dumps(chosen.to_dict()).encode())
+
+    def reorder(self, orders: dict[str, InputOrder]) -> None:
+        told = {name: {**vars(one), "order": one.order.tolist()} for name, one in orders.items()}
+        self._append(_ORDERS + json.dumps(told).encode())
 
     def finish(self, layer: PrunableLayer, pruned: PrunedLayer) -> None:
         from safetensors.numpy import save
@@ -223,6 +238,13 @@ def _layer(payload: bytes) -> dict[str, Any]:
     header = json.loads(payload[8 : 8 + size])
     about: dict[str, Any] = json.loads(header["__metadata__"]["about"])
     return {**about, **load(payload)}
+
+
+def _read_orders(payload: bytes) -> dict[str, InputOrder]:
+    return {
+        name: InputOrder(torch.tensor(told.pop("order")), **told)
+        for name, told in json.loads(payload).items()
+    }
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from solvers import InvalidInput, MaskProblem, MaskSolution, Status, available
 
-from .checkpoint import MASKS_FILE, load_masks
+from .checkpoint import MASKS_FILE, ORDER_FILE, load_masks
 from .models import PrunableLayer, find_blocks, load_model, prunable_layers
 from .record import Masks, mask_digest
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def apply_masks(model: nn.Module, masks: Masks) -> None:
     """Set the weights that the masks remove to zero, in place.
 
-    On the dense model, a run's masks give that run's pruned model, bit by bit.
+    On the dense model (after `apply_order`, if the run permuted inputs), a run's masks give that
+    run's pruned model, bit by bit.
 
     Raises
     ------
@@ -138,9 +139,15 @@ class StartMasks:
         Raises
         ------
         InvalidInput
-            If the folder holds neither.
+            If the folder holds neither, or masks for inputs in another order.
         """
         path = Path(folder).expanduser()
+        if (path / ORDER_FILE).is_file():
+            raise InvalidInput(
+                f"The masks in '{folder}' are for inputs in another order than the dense model's "
+                f"({ORDER_FILE}); start from other masks, or prune that model itself with --start "
+                "current."
+            )
         if (path / MASKS_FILE).is_file():
             return cls(load_masks(path), str(folder))
         if not path.is_dir():

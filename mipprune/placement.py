@@ -55,6 +55,12 @@ class Placement:
     def settle(self) -> None:
         """Wait until no other block is on its way to the device, so that none disturbs a timing."""
 
+    @torch.no_grad()
+    def reorder(self, name: str, dim: int, index: Tensor) -> None:
+        """Put entries ``index`` of a parameter's dimension in their places, between blocks."""
+        parameter = self.model.get_parameter(name)
+        parameter.copy_(parameter.index_select(dim, index.to(parameter.device)))
+
     @contextmanager
     def forward(self) -> Iterator[None]:
         """While this lasts, the model may be run as a whole; blocks come and go as they run."""
@@ -215,6 +221,7 @@ class FromFolder(_Streamed):
     ) -> None:
         super().__init__(model, device, blocks)
         self.folder, self._dtype, self.sink = folder, dtype, sink
+        self._moved: dict[str, list[tuple[int, Tensor]]] = {}
         # Those in the state are no function of the configuration, though few models store any.
         own = model.state_dict(keep_vars=True)
         self._stored_buffers = [name for name in own if not isinstance(own[name], nn.Parameter)]
@@ -244,8 +251,14 @@ class FromFolder(_Streamed):
             tensors.update({name: buffers[name].cpu() for name in self._stored_buffers})
         return tensors
 
+    def reorder(self, name: str, dim: int, index: Tensor) -> None:
+        self._moved.setdefault(name, []).append((dim, index))
+
     def _fetch(self, name: str) -> Tensor:
-        return self.folder.read(name).to(self._device, self._dtype)
+        stored = self.folder.read(name)
+        for dim, index in self._moved.get(name, []):
+            stored = stored.index_select(dim, index)
+        return stored.to(self._device, self._dtype)
 
     def _resting(self, name: str) -> Tensor:
         module, attribute = self._slots[name][0]

@@ -8,14 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from solvers import InvalidInput, MaskProblem, Pattern, PerLayer
 
 from .budget import shape_of
-from .calibration import Windows, check_tokens, read_windows, window_length
-from .environment import environment
+from .calibration import Windows, calibration_windows, window_length
+from .environment import model_environment
 from .estimate import choose_batch
 from .held_out import Judged, chosen_for_model, split_windows, together
 from .journal import NO_JOURNAL, Journal
@@ -23,6 +20,7 @@ from .layer import LayerSolver, check_layer
 from .masks import StartMasks
 from .models import Coverage, all_layers, coverage, find_blocks
 from .observer import Observer
+from .permute import orders_of_run, permutable
 from .placement import Placement
 from .ranks import ALONE, Ranks
 from .record import PruneReport
@@ -114,8 +112,8 @@ def settled(
     Raises
     ------
     InvalidInput
-        If rules name no layer, or if an allocation that is not optional, or token weights, cannot
-        be had.
+        If rules name no layer, or if a permutation, an allocation that is not optional, or token
+        weights cannot be had.
     """
     batch_size = settings.batch_size
     if batch_size is None:
@@ -125,6 +123,8 @@ def settled(
     settings.rules.check(layer.name for layer in layers)
     chosen = [layer for layer in layers if settings.rules.pattern_for(layer.name) is not None]
     check_token_weights(settings.layer_step.surrogate, placement, chosen)
+    if settings.permute is not None:
+        permutable(placement, settings.rules)
     allocation = feasible(settings.allocation, settings.rules, placement, warn)
     return replace(settings, batch_size=batch_size, allocation=allocation)
 
@@ -208,6 +208,13 @@ def run(
         warnings=_notes(settings, covered, given, windows.tokens.shape[1]),
     )
     finished = ranks.gather_objects(journal.begin(report))[0]
+    if settings.permute is not None:
+        del walk  # its activations make room for those of the dense pass
+        report.orders = orders_of_run(
+            settings, placement, windows, finished, journal,
+            host_bytes=host_bytes, ranks=ranks, observer=observer,
+        )  # fmt: skip
+        walk = captured(windows, settings.dense_targets)
     names = [layer.name for layer in chosen]
     surrogate = settings.layer_step.surrogate
     weights = token_weights(surrogate, placement, walk, names, observer)
@@ -299,26 +306,6 @@ def _notes(settings: Settings, covered: Coverage, windows: int, length: int) -> 
     return notes
 
 
-def calibration_windows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    calibration: str | Windows | None,
-    samples: int,
-    seqlen: int,
-    seed: int,
-    token_cache: str | Path | None = None,
-) -> Windows:
-    """Windows to calibrate on, no longer than the model's positions."""
-    windows = calibration
-    if not isinstance(windows, Windows):
-        length = window_length(model.config, seqlen)
-        windows = read_windows(
-            windows, "calibration", tokenizer, length, samples, seed, cache=token_cache
-        )
-    check_tokens(model, windows)
-    return windows
-
-
 def layer_problem(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -352,10 +339,3 @@ def layer_problem(
                 gram = step.grams.gram(found)
                 return MaskProblem(found.weight.float(), gram.matrix, PerLayer(sparsity=0.5))
     raise AssertionError("a layer found before must be found again")
-
-
-def model_environment(model: nn.Module, device: torch.device | None = None) -> dict[str, Any]:
-    """The record's environment, with the type that the model computes in."""
-    parameter = next(model.parameters())
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    return {**environment(device or parameter.device, ["transformers"]), "dtype": dtype}

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from solvers import InputOrder
+
 from .models import Coverage
 
 REFERENCE = "wanda"
@@ -137,6 +139,15 @@ def unpack(packed: npt.NDArray[np.uint8], width: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed, axis=1, count=width)).bool()
 
 
+def order_digest(orders: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and orders (as int32), in the order of the names."""
+    digest = sha256()
+    for name in sorted(orders):
+        digest.update(f"{name} {len(orders[name])}".encode())
+        digest.update(orders[name].numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
 def mask_digest(masks: Masks) -> str:
     """SHA-256 over the names, shapes and packed masks, in the order of the names."""
     digest = sha256()
@@ -202,6 +213,7 @@ class PruneReport:
     environment: dict[str, Any]
     coverage: Coverage
     replay_error: float
+    orders: dict[str, InputOrder] = field(default_factory=dict)
     layers: list[LayerResult] = field(default_factory=list)
     masks: MutableMapping[str, Tensor] = field(default_factory=PackedMasks)
     warnings: list[str] = field(default_factory=list)
@@ -273,8 +285,19 @@ class PruneReport:
             "loss_reference": self.loss_reference,
             "reference": REFERENCE,
             "mask_hash": self.mask_hash,
+            "order": self._about_orders(),
             "warnings": self.warnings,
             "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def _about_orders(self) -> dict[str, Any] | None:
+        """What reordering inputs did: the saliency that masks lose, with and without."""
+        if not self.orders:
+            return None
+        return {
+            "sha256": order_digest({name: one.order for name, one in self.orders.items()}),
+            "lost": {name: one.lost for name, one in self.orders.items()},
+            "lost_as_given": {name: one.lost_as_given for name, one in self.orders.items()},
         }
 
     def timings(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from solvers import InvalidInput
 from solvers.files import replaced_on_success
 
-from .checkpoint import MASKS_FILE, RECORD_FILE, TIMINGS_FILE, write_json
+from .checkpoint import MASKS_FILE, ORDER_FILE, RECORD_FILE, TIMINGS_FILE, write_json
 from .rules import Rules
 
 if TYPE_CHECKING:
@@ -254,6 +254,7 @@ def model_card(record: dict[str, Any]) -> str:
         f"The masks were chosen by mipprune with the solver `{settings['solver']}`{start} on "
         f"{record['calibration']['windows']} windows of {record['calibration']['length']} tokens "
         f"of {record['calibration']['source']}.",
+        _order_text(record),
         _evaluation_table(record.get("evaluations", [])),
         "## Layers",
         "Loss: squared change of a layer's output per token on the calibration text."
@@ -271,6 +272,20 @@ def model_card(record: dict[str, Any]) -> str:
         f"Hash of the masks: `{record['mask_hash']}`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _order_text(record: dict[str, Any]) -> str:
+    """What was reordered, in a sentence."""
+    order = record.get("order")
+    if order is None:
+        return ""
+    lost, given = (sum(order[key].values()) for key in ("lost", "lost_as_given"))
+    return (
+        f"Before that, the inputs of {len(order['lost'])} layers were put in an order in which "
+        f"masks of the pattern lose {lost / given if given else 1.0:.0%} of the saliency that they "
+        f"would, without a change to what the dense model computes: `{ORDER_FILE}` (for the dense "
+        f"model, `mipprune.apply_order`; SHA-256 `{order['sha256']}`)."
+    )
 
 
 def _layer_table(kinds: dict[str, list[dict[str, Any]]], certified: bool) -> str:

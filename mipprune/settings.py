@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from solvers import InvalidInput, get_solver
+from solvers import NM, InvalidInput, get_solver
 from solvers.registry import DEFAULT_START
 
 from .allocate import Allocation
@@ -15,6 +15,8 @@ from .masks import StartMasks
 from .rules import Rules
 
 Grams = Literal["pruned", "sequential", "dense"]
+
+Permute = Literal["neurons"]
 
 CURRENT = "current"
 """As a start: the mask of the weights that are not zero, for a model that is sparse already."""
@@ -49,6 +51,9 @@ class Settings:
         weights stay as they are.
     allocation
         Shares out the pattern's sparsity among the layers; None gives it to every layer.
+    permute
+        What is put in an order that suits a pattern N:M before the run, see `mipprune.permute`:
+        "neurons" of MLPs; None leaves the order as it is.
     time_budget
         Seconds for the run as a whole, see `TimeBudget`; None lets every search end by itself. A
         resumed run has the unfinished layers' part of it.
@@ -74,6 +79,7 @@ class Settings:
     seed: int = 0
     layer_step: LayerStep = field(default_factory=LayerStep)
     allocation: Allocation | None = None
+    permute: Permute | None = None
     time_budget: float | None = None
     held_out: float | None = None
     choice: Choice | None = None
@@ -85,6 +91,7 @@ class Settings:
         for name in self.solvers:
             get_solver(name)
         self._check_targets()
+        self._check_permute()
         if self.time_budget is not None and not self.time_budget > 0:
             raise InvalidInput(
                 f"A time budget of {self.time_budget} s leaves no time; give a positive number."
@@ -123,6 +130,25 @@ class Settings:
             raise InvalidInput(
                 f"Solver '{self.solver}' knows no linear term, which dense targets are where kept "
                 "weights stay; give --update least_squares, or another solver such as swap."
+            )
+
+    def _check_permute(self) -> None:
+        if self.permute is None:
+            return
+        if self.permute not in get_args(Permute):
+            raise InvalidInput(
+                f"'{self.permute}' is nothing to permute; give {' or '.join(get_args(Permute))}."
+            )
+        patterns = [self.rules.default, *(pattern for _, pattern in self.rules.rules)]
+        if not any(isinstance(pattern, NM) for pattern in patterns):
+            raise InvalidInput(
+                f"The order of inputs matters to a keep:group pattern alone, and the pattern is "
+                f"{self.rules.default}; give --pattern, such as 2:4, or leave --permute out."
+            )
+        if self.start == CURRENT or isinstance(self.start, StartMasks):
+            raise InvalidInput(
+                "Masks to start from are for the order that inputs have now; leave --start or "
+                "--permute out."
             )
 
     @property
@@ -169,6 +195,7 @@ class Settings:
             "solver_options": self.solver_options,
             "layer_step": self.layer_step.to_dict(),
             "allocation": self.allocation and self.allocation.to_dict(),
+            "permute": self.permute,
             "time_budget": self.time_budget,
             "held_out": self.held_out,
             "choice": self.choice and self.choice.to_dict(),

@@ -13,6 +13,7 @@ from .dsnot import DSnoT
 from .errors import InvalidInput
 from .frank_wolfe import FrankWolfe
 from .hull import Domain, HullSolution, minimize
+from .input_order import InputOrder, order_inputs, saliency_lost
 from .joint import Joint
 from .linear import Linear
 from .pattern import (
@@ -55,6 +56,7 @@ __all__ = [
     "Domain",
     "FrankWolfe",
     "HullSolution",
+    "InputOrder",
     "InvalidInput",
     "Joint",
     "LeastSquares",
@@ -85,8 +87,10 @@ __all__ = [
     "available",
     "get_solver",
     "minimize",
+    "order_inputs",
     "pattern_from_dict",
     "register",
+    "saliency_lost",
     "solve",
     "structured",
     "unbiased_gain",

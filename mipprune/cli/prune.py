@@ -98,6 +98,13 @@ def prune(
             "owl; or uniform.  [default: integer_program where no method is named, else uniform]"
         ),
     ] = None,
+    permute: Annotated[
+        str | None,
+        typer.Option(
+            help="neurons: with a keep:group pattern, first put the MLP neurons in an order that "
+            "suits it. The dense model computes the same in it."
+        ),
+    ] = None,
     time_budget: Annotated[
         str | None,
         typer.Option(
@@ -250,6 +257,7 @@ def prune(
             bias=bias,  # type: ignore[arg-type] # checked there
         ),
         allocation=allocation,
+        permute=permute,  # type: ignore[arg-type] # checked there
         time_budget=None if time_budget is None else parse_seconds(time_budget),
         held_out=held_out,
         choice=None if choose is None else Choice.parse(choose, choose_for or "layer"),  # type: ignore[arg-type]
@@ -273,6 +281,8 @@ def prune(
                 "Besides, the allocation: about three times as long by integer_program, one pass "
                 "over the dense model by owl."
             )
+        if permute is not None:
+            terminal.out.print("Besides, the order of inputs: one pass over the dense model.")
         return
     quiet = quiet or not is_first_process()
     if not quiet:

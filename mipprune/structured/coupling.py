@@ -106,6 +106,13 @@ class Coupling:
             [torch.arange(self.count * width) // width for width in (queries, keys, keys)]
         )
 
+    def moved(self, size: int, order: Tensor) -> Tensor:
+        """Where each of ``size`` entries of a part comes from when group ``order[k]`` is k-th."""
+        entries = self.of_entries(size).argsort(stable=True).view(self.count, -1)
+        index = torch.empty(size, dtype=torch.long)
+        index[entries.flatten()] = entries[order.cpu()].flatten()
+        return index
+
     def cut(self, name: str, tensor: Tensor, kept: Tensor) -> Tensor:
         """What is left of a parameter when only groups with ``kept`` (bool ``[K]``) are."""
         dim = self.parts[name]

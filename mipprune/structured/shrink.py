@@ -15,11 +15,11 @@ from torch import nn
 from solvers import InvalidInput
 from solvers.structured import expand
 
-from ..calibration import Windows, window_length
+from ..calibration import Windows, calibration_windows, window_length
+from ..environment import model_environment
 from ..estimate import choose_batch
 from ..observer import Observer
 from ..placement import FromFolder, FromHost, Placement
-from ..prune import calibration_windows, model_environment
 from ..surrogate import Inputs
 from ..walk import HOST_BYTES, BlockStep, BlockWalk
 from .budget import Decision, counts_within
