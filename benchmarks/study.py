@@ -119,6 +119,15 @@ METHODS: dict[str, dict[str, Any]] = {
         **SEQUENTIAL,
     },
     "joint, allocated": {"solver": "joint", "layer_step": _squares(), "allocation": Allocation()},
+    **{
+        f"{name}, permuted": {**method, "permute": "neurons"}
+        for name, method in {
+            "wanda": {"solver": "wanda"},
+            "ria": {"solver": "ria"},
+            "swap, shrink 0.5": {"solver": "swap", "layer_step": LayerStep(HALF)},
+            "alps": {"solver": "alps", "layer_step": _squares()},
+        }.items()
+    },
 }
 
 
@@ -212,6 +221,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
     draw(figure, path)
 
 
+def _fits(method: dict[str, Any], pattern: Pattern) -> bool:
+    """Sparsity can be allocated where it is not N:M, and inputs permuted where it is."""
+    return ("permute" if not isinstance(pattern, NM) else "allocation") not in method
+
+
 def parse(text: str) -> Pattern:
     return NM.parse(text) if ":" in text else PerRow(sparsity=float(text))
 
@@ -245,7 +259,7 @@ def main() -> None:
         pattern = parse(text)
         results = record["patterns"].setdefault(str(pattern), {})
         for name in methods:
-            if name in results or ("allocation" in METHODS[name] and isinstance(pattern, NM)):
+            if name in results or not _fits(METHODS[name], pattern):
                 continue
             runs = []
             for seed in range(arguments.seeds):
