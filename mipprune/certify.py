@@ -167,7 +167,7 @@ def certify(
         settings["batch_size"],
         propagate=settings["grams"] != "dense",
         stages=Stages() if settings["grams"] == "sequential" else None,
-        targets=run_step.surrogate.dense_targets > 0,
+        targets=run_step.surrogate.targets,
     )
     walk.token_weights = token_weights(
         run_step.surrogate, placement, walk, list(recorded), observer

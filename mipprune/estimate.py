@@ -211,7 +211,7 @@ def _seconds(
     """Blocks times what the first one takes; layers by a sample of their rows, or as budgeted."""
     rounds = len(windows.tokens) / len(first.hidden)
     stages = len(first.grams) if settings.grams == "sequential" else 1
-    models = 2 if settings.dense_targets else 1
+    models = 1 if settings.targets == "own" else 2
     per_block = rounds * (
         stages * (first.collect_seconds + (models - 1) * first.forward_seconds)
         + models * first.forward_seconds
@@ -280,7 +280,7 @@ def _memory(
     model = sum(p.numel() for p in placement.model.parameters()) * item
     block = sum(p.numel() for p in placement.blocks[0].parameters()) * item
     outside = model - len(placement.blocks) * block
-    models = 2 if settings.dense_targets else 1
+    models = 1 if settings.targets == "own" else 2
     hidden = min(models * count * length * first.hidden.shape[-1] * item, host_bytes)
     masks = prunable / 8
     vocabulary = getattr(placement.model.config, "vocab_size", 0)

@@ -13,6 +13,7 @@ from .choice import Choice, Chosen
 from .layer_step import LayerStep
 from .masks import StartMasks
 from .rules import Rules
+from .surrogate import Targets
 
 Grams = Literal["pruned", "sequential", "dense"]
 
@@ -107,7 +108,7 @@ class Settings:
             raise InvalidInput(f"batch_size={self.batch_size} runs nothing; give at least 1.")
 
     def _check_targets(self) -> None:
-        if not self.dense_targets:
+        if self.targets == "own":
             return
         if self.grams == "dense":
             raise InvalidInput(
@@ -126,9 +127,9 @@ class Settings:
             )
 
     @property
-    def dense_targets(self) -> bool:
-        """Whether layers aim at the dense model's outputs."""
-        return self.layer_step.surrogate.dense_targets > 0
+    def targets(self) -> Targets:
+        """What layers aim at."""
+        return self.layer_step.surrogate.targets
 
     def candidates(self) -> list[Settings]:
         """These settings with nothing left open: one for each value of the choice."""
