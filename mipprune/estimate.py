@@ -285,9 +285,8 @@ def _memory(
     masks = prunable / 8
     vocabulary = getattr(placement.model.config, "vocab_size", 0)
     widest = max(rows + inputs for rows, inputs in shapes)
-    batch = (
-        models * settings.windows_at_once * length * (widest + 4 * first.hidden.shape[-1]) * item
-    )
+    batch = settings.windows_at_once * length * (widest + 4 * first.hidden.shape[-1]) * item
+    batch *= models
     squares = sum(models * len(gram.matrix) ** 2 for gram in first.grams.values())
     surrogate, token_weights = settings.layer_step.surrogate, 0.0
     if surrogate.tokens == "inverse_norm":

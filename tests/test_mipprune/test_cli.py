@@ -138,6 +138,7 @@ def test_a_recipe_equals_the_command_line(run, tmp_path):
     assert {key for key in records[0]["recipe"] if key not in ("config", "verbose")} == {
         "model", "out", "sparsity", "scope", "solver", "option", "samples", "seqlen", "grams",
         "batch_size", "device", "dtype", "seed", "rule", "ignore", "update", "shrink", "centre",
+        "targets", "bias",
     }  # fmt: skip
     assert records[0]["settings"] == records[1]["settings"]
     differing = {k: v for k, v in records[2]["settings"].items() if v != records[0]["settings"][k]}
@@ -346,7 +347,13 @@ PRUNE = ["prune", "embedded", "--out", "OUT"]
         ([*PRUNE, "--sparsity", "0.5", "-O", "magic=1"], "no option 'magic'"),
         ([*PRUNE, "--sparsity", "0.5", "-O", "magic"], "not of the form name=value"),
         ([*PRUNE, "--sparsity", "0.5", "-O", "candidates=0"], "at least 1"),
-        ([*PRUNE, "--sparsity", "0.5", "--grams", "both"], "'pruned' or 'dense'"),
+        ([*PRUNE, "--sparsity", "0.5", "--grams", "both"], "'sequential' or 'dense'"),
+        ([*PRUNE, "--sparsity", "0.5", "--targets", "both"], "own, dense or stream"),
+        ([*PRUNE, "--sparsity", "0.5", "--bias", "new"], "none of none, existing"),
+        (
+            [*PRUNE, "--sparsity", "0.5", "--targets", "dense", "--solver", "wanda"],
+            "knows no linear term",
+        ),
         ([*PRUNE, "--sparsity", "0.5", "--blocks", "magic"], "no list of blocks named"),
         ([*PRUNE, "--sparsity", "0.5", "--device", "abacus"], "Device 'abacus' is unknown"),
         ([*PRUNE, "--sparsity", "0.5", "--calibration", "no.txt"], "no text file at no.txt"),
