@@ -184,6 +184,21 @@ def test_what_is_held_out_and_chosen_by_it_repeats_from_its_recipe(run, tmp_path
     assert records[0]["settings"]["choice"] == {"option": "shrink", "values": [0, 0.5]}
 
 
+def test_targets_of_the_dense_model_repeat_from_their_recipe(run, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    prune = ["prune", "embedded", "--pattern", "2:4", "--only", "*.mlp.*", *FAST]
+    aimed = ["--grams", "sequential", "--targets", "stream:0.5", "--bias", "existing"]
+    aimed += ["--solver", "wanda", "--update", "least_squares"]
+    assert run(*prune, *aimed, "--out", first)[0] == 0
+    assert run("prune", "embedded", "--config", first / "recipe.yaml", "--out", again)[0] == 0
+    records = [json.loads((out / "mipprune.json").read_text()) for out in (first, again)]
+    assert records[0]["layers"] == records[1]["layers"]
+    step = records[0]["settings"]["layer_step"]
+    assert (step["surrogate"]["dense_targets"], step["surrogate"]["stream"]) == (0.5, True)
+    assert records[0]["settings"]["grams"] == "sequential"
+    assert run(*prune, *aimed, "--out", tmp_path / "new", "--dry-run")[0] == 0
+
+
 def test_a_time_budget_is_recorded(run, tmp_path):
     prune = ["prune", "embedded", "--sparsity", "0.6", "--only", "*.0.*.k_proj", *FAST]
     code, printed, error = run(
