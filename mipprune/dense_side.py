@@ -250,6 +250,7 @@ class StreamWatch(TorchFunctionMode):
     def __init__(self, told: Callable[[str, Tensor, Tensor], None]) -> None:
         super().__init__()
         self._told = told
+        self._size = 0
         self._stream: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[str, Tensor, Tensor]] = {}
 
@@ -257,6 +258,7 @@ class StreamWatch(TorchFunctionMode):
         """A forward of the block begins."""
         hidden = args[0] if args else kwargs["hidden_states"]
         self._stream, self._outputs = {hidden.data_ptr(): hidden}, {}
+        self._size = hidden.numel()
 
     def layer(self, name: str) -> Callable[..., None]:
         """A forward hook for a layer."""
@@ -288,8 +290,8 @@ class StreamWatch(TorchFunctionMode):
         return found
 
     def _flows(self, tensor: Tensor) -> bool:
-        known = self._stream.get(tensor.data_ptr())
-        return known is not None and known.numel() == tensor.numel()
+        # Addresses are asked for last: not every tensor that is added has one.
+        return tensor.numel() == self._size and tensor.data_ptr() in self._stream
 
 
 _SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
