@@ -113,6 +113,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "layer_step": _squares(targets=0.5, stream=True),
         **SEQUENTIAL,
     },
+    "alps, allocated, sequential, half stream targets": {
+        "solver": "alps",
+        "layer_step": _squares(targets=0.5, stream=True),
+        "allocation": Allocation(),
+        **SEQUENTIAL,
+    },
     "joint": {"solver": "joint", "layer_step": _squares()},
     "joint, sequential, half stream targets": {
         "solver": "joint",
