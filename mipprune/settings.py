@@ -103,7 +103,9 @@ class Settings:
             raise InvalidInput("A time budget is for one search per layer; leave the choice out.")
         self.candidates()
         if self.grams not in get_args(Grams):
-            raise InvalidInput(f"Grams are 'pruned', 'sequential' or 'dense', not '{self.grams}'.")
+            raise InvalidInput(
+                f"Grams are taken from 'pruned', 'sequential' or 'dense', not '{self.grams}'."
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise InvalidInput(f"batch_size={self.batch_size} runs nothing; give at least 1.")
 
