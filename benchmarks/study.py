@@ -43,8 +43,9 @@ HALF = Surrogate(shrink=0.5)
 TABU = {"solver": "chain", "solver_options": {"stages": [["tabu", {"iterations": 4000}]]}}
 
 
-def _squares(damping: float = 1e-2, targets: float = 0.0) -> LayerStep:
-    return LayerStep(Surrogate(dense_targets=targets), "least_squares", damping)
+def _squares(damping: float = 1e-2, targets: float = 0.0, stream: bool = False) -> LayerStep:
+    surrogate = Surrogate(dense_targets=targets, stream=stream)
+    return LayerStep(surrogate, "least_squares", damping)
 
 
 SEQUENTIAL = {"grams": "sequential"}
@@ -107,15 +108,21 @@ METHODS: dict[str, dict[str, Any]] = {
         "layer_step": _squares(targets=1.0),
         **SEQUENTIAL,
     },
-    "alps, sequential, half dense targets": {
+    "alps, sequential, half stream targets": {
         "solver": "alps",
-        "layer_step": _squares(targets=0.5),
+        "layer_step": _squares(targets=0.5, stream=True),
+        **SEQUENTIAL,
+    },
+    "alps, allocated, sequential, half stream targets": {
+        "solver": "alps",
+        "layer_step": _squares(targets=0.5, stream=True),
+        "allocation": Allocation(),
         **SEQUENTIAL,
     },
     "joint": {"solver": "joint", "layer_step": _squares()},
-    "joint, sequential, half dense targets": {
+    "joint, sequential, half stream targets": {
         "solver": "joint",
-        "layer_step": _squares(targets=0.5),
+        "layer_step": _squares(targets=0.5, stream=True),
         **SEQUENTIAL,
     },
     "joint, allocated": {"solver": "joint", "layer_step": _squares(), "allocation": Allocation()},

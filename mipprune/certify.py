@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,14 +170,16 @@ def certify(
         settings["batch_size"],
         propagate=settings["grams"] != "dense",
         stages=Stages() if settings["grams"] == "sequential" else None,
-        targets=run_step.surrogate.dense_targets > 0,
+        targets=run_step.surrogate.targets,
     )
     walk.token_weights = token_weights(
         run_step.surrogate, placement, walk, list(recorded), observer
     )
+    done: Counter[int] = Counter()  # by block
     for step in walk:
-        pruned = [layer for layer in step.layers if layer.name in patterns]
-        for at, layer in enumerate(pruned):
+        for layer in step.layers:
+            if layer.name not in patterns:
+                continue
             pattern = patterns[layer.name]
             observer.phase(layer.name.removeprefix(f"{placement.blocks_name}."))
             mask = masks[layer.name]
@@ -186,7 +189,9 @@ def certify(
             problems = [one.to("cpu") for one in aim.problems(pattern)]
             found = recorded[layer.name]
             _must_reproduce(layer.name, problems, mask, found.get("surrogate_loss", found["loss"]))
-            chosen = _sample(len(mask), rows, (seed, step.index, at))
+            place = (seed, step.index, done[step.index])
+            done[step.index] += 1
+            chosen = _sample(len(mask), rows, place)
             result = _certify_layer(folder, layer.name, problems, mask, chosen, row_seconds, seed)
             results.append(result)
             recorded[layer.name]["certificate"] = asdict(result)

@@ -211,7 +211,7 @@ def _seconds(
     """Blocks times what the first one takes; layers by a sample of their rows, or as budgeted."""
     rounds = len(windows.tokens) / len(first.hidden)
     stages = len(first.grams) if settings.grams == "sequential" else 1
-    models = 2 if settings.dense_targets else 1
+    models = 1 if settings.targets == "own" else 2
     per_block = rounds * (
         stages * (first.collect_seconds + (models - 1) * first.forward_seconds)
         + models * first.forward_seconds
@@ -280,12 +280,13 @@ def _memory(
     model = sum(p.numel() for p in placement.model.parameters()) * item
     block = sum(p.numel() for p in placement.blocks[0].parameters()) * item
     outside = model - len(placement.blocks) * block
-    models = 2 if settings.dense_targets else 1
+    models = 1 if settings.targets == "own" else 2
     hidden = min(models * count * length * first.hidden.shape[-1] * item, host_bytes)
     masks = prunable / 8
     vocabulary = getattr(placement.model.config, "vocab_size", 0)
     widest = max(rows + inputs for rows, inputs in shapes)
     batch = settings.windows_at_once * length * (widest + 4 * first.hidden.shape[-1]) * item
+    batch *= models
     squares = sum(models * len(gram.matrix) ** 2 for gram in first.grams.values())
     surrogate, token_weights = settings.layer_step.surrogate, 0.0
     if surrogate.tokens == "inverse_norm":

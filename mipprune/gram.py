@@ -61,6 +61,9 @@ class Gram:
         float64 ``[d]``, ``E x_dense``; None likewise.
     weighted
         The same with token weights; None if there are none.
+    gap, gap_mean
+        float64 ``[rows, d]`` and ``[rows]``, ``E (r_dense - r) x^T`` and ``E (r_dense - r)`` where
+        the layer's output is added to the stream ``r`` of hidden states; None if not, or likewise.
     """
 
     matrix: Tensor
@@ -70,11 +73,21 @@ class Gram:
     cross: Tensor | None = None
     cross_mean: Tensor | None = None
     weighted: TokenWeighted | None = None
+    gap: Tensor | None = None
+    gap_mean: Tensor | None = None
 
     @property
     def inputs(self) -> Inputs:
         """What masks are judged by."""
-        return Inputs(self.matrix, self.mean, self.cross, self.cross_mean, self.weighted)
+        return Inputs(
+            self.matrix,
+            self.mean,
+            self.cross,
+            self.cross_mean,
+            self.weighted,
+            self.gap,
+            self.gap_mean,
+        )
 
 
 class GramCollector:

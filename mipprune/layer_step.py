@@ -17,7 +17,7 @@ from solvers import (
     unbiased_gain,
 )
 
-from .surrogate import Inputs, Surrogate, centred_inputs, retargeted, towards
+from .surrogate import Inputs, Surrogate, centred_inputs, retargeted
 
 Update = Literal["none", "gain", "least_squares", "sparsegpt"]
 Bias = Literal["none", "existing"]
@@ -62,7 +62,8 @@ class Aim:
         elif step.update == "gain":
             share, cross = step.surrogate.dense_targets, None
             if share > 0:
-                cross = towards(self.inputs, share)
+                assert self.inputs.cross is not None, "dense inputs were collected"
+                cross = gram + share * (self.inputs.cross - gram)
             new = unbiased_gain(weight, gram, mask, cross)
         elif step.update == "least_squares":
             new = LeastSquares(damping=step.update_damping)(weight, gram, mask)
@@ -134,24 +135,27 @@ class LayerStep:
         share, bias = self.surrogate.dense_targets, None
         if inputs.cross is None:
             share = 0.0
+        if share == 0 or not self.surrogate.stream:
+            inputs = replace(inputs, gap=None, gap_mean=None)
         if self.bias == "existing" and has_bias:
             if inputs.mean is None:
                 raise InvalidInput("What a bias makes up for needs the mean of the inputs.")
-            wanted = inputs.mean
+            wanted = weight.double() @ inputs.mean
             if share > 0:
                 assert inputs.cross_mean is not None, "collected with the products"
-                wanted = wanted + share * (inputs.cross_mean - wanted)
-            bias = (weight.double() @ wanted, inputs.mean)
+                wanted += share * (weight.double() @ (inputs.cross_mean - inputs.mean))
+                wanted += 0.0 if inputs.gap_mean is None else share * inputs.gap_mean
+            bias = (wanted, inputs.mean)
             inputs = centred_inputs(inputs)
         target = weight
         if share > 0 and not self.targets_by_masks:
-            cross = towards(inputs, share)
-            target = retargeted(weight, inputs.gram, cross, self.update_damping)
+            target = retargeted(weight, inputs, share, self.update_damping)
             target = target.to(torch.promote_types(weight.dtype, torch.float32))
             share = 0.0
         surrogate = replace(
             self.surrogate,
             dense_targets=share,
+            stream=self.surrogate.stream and share > 0,
             centre=0.0 if bias is not None else self.surrogate.centre,
         )
         plain = surrogate.plain and target is weight and bias is None
@@ -168,12 +172,20 @@ class LayerStep:
         return cls(**{**record, "surrogate": Surrogate(**record["surrogate"])})
 
 
-def parse_targets(text: str) -> float:
-    """`Surrogate.dense_targets` by name: "own" is 0, "dense" is 1, and a number is itself."""
-    named = {"own": 0.0, "dense": 1.0}
+def parse_targets(text: str) -> tuple[float, bool]:
+    """`Surrogate.dense_targets` and `Surrogate.stream` by name.
+
+    "own": neither; "dense": all; "stream": all, and the stream; and with a colon, a share of it,
+    such as "stream:0.5".
+    """
+    name, colon, share = text.partition(":")
     try:
-        return named[text] if text in named else float(text)
+        value = float(share) if colon else 1.0
     except ValueError:
+        value = -1.0
+    if name not in ("own", "dense", "stream") or (name == "own" and colon) or not 0 < value <= 1:
         raise InvalidInput(
-            f"Targets are own, dense or a share such as 0.5, not '{text}'."
-        ) from None
+            f"Targets are own, dense or stream, the latter two perhaps with a share such as "
+            f"dense:0.5, not '{text}'."
+        )
+    return (0.0, False) if name == "own" else (value, name == "stream")

@@ -28,6 +28,7 @@ from .rules import Rules
 from .settings import Settings
 from .share_out import feasible, shared_out
 from .stages import Stages
+from .surrogate import Targets
 from .time_budget import NOTE, TimeBudget
 from .token_weights import check_token_weights, token_weights
 from .walk import HOST_BYTES, BlockWalk
@@ -184,7 +185,7 @@ def run(
 
     stages = Stages(ranks) if settings.grams == "sequential" else None
 
-    def captured(windows: Windows, targets: bool = False) -> BlockWalk:
+    def captured(windows: Windows, targets: Targets = "own") -> BlockWalk:
         observer.phase("replay check and capture")
         return BlockWalk(
             placement,
@@ -198,7 +199,7 @@ def run(
             targets=targets,
         )
 
-    walk = captured(windows, settings.dense_targets)
+    walk = captured(windows, settings.targets)
     report = PruneReport(
         settings={**settings.to_dict(), "blocks": placement.blocks_name},
         calibration=_about(windows, apart),
@@ -227,7 +228,7 @@ def run(
                 host_bytes=host_bytes, ranks=ranks, observer=observer, weights=weights,
             )  # fmt: skip
             journal.allocate(rules)
-            walk = captured(windows, settings.dense_targets)
+            walk = captured(windows, settings.targets)
         settings = replace(settings, rules=rules)
         report.settings["rules"] = rules.to_dict()
     walk.token_weights = weights

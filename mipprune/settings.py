@@ -13,6 +13,7 @@ from .choice import Choice, Chosen
 from .layer_step import LayerStep
 from .masks import StartMasks
 from .rules import Rules
+from .surrogate import Targets
 
 Grams = Literal["pruned", "sequential", "dense"]
 
@@ -109,12 +110,14 @@ class Settings:
             raise InvalidInput("A time budget is for one search per layer; leave the choice out.")
         self.candidates()
         if self.grams not in get_args(Grams):
-            raise InvalidInput(f"Grams are 'pruned', 'sequential' or 'dense', not '{self.grams}'.")
+            raise InvalidInput(
+                f"Grams are taken from 'pruned', 'sequential' or 'dense', not '{self.grams}'."
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise InvalidInput(f"batch_size={self.batch_size} runs nothing; give at least 1.")
 
     def _check_targets(self) -> None:
-        if not self.dense_targets:
+        if self.targets == "own":
             return
         if self.grams == "dense":
             raise InvalidInput(
@@ -152,9 +155,9 @@ class Settings:
             )
 
     @property
-    def dense_targets(self) -> bool:
-        """Whether layers aim at the dense model's outputs."""
-        return self.layer_step.surrogate.dense_targets > 0
+    def targets(self) -> Targets:
+        """What layers aim at."""
+        return self.layer_step.surrogate.targets
 
     def candidates(self) -> list[Settings]:
         """These settings with nothing left open: one for each value of the choice."""

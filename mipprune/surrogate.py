@@ -18,6 +18,9 @@ from torch import Tensor
 
 from solvers import InvalidInput, MaskProblem, Pattern
 
+Targets = Literal["own", "dense", "stream"]
+"""What a layer is to give: its own output, the dense model's, or what makes the stream that."""
+
 Tokens = Literal["equal", "fisher", "inverse_norm"]
 
 
@@ -54,6 +57,11 @@ class Inputs:
         ``E x_dense``, float64 ``[d]``; None without ``cross``, or if it was not collected.
     weighted
         The same with token weights; None if all tokens count the same.
+    gap
+        ``E (r_dense - r) x^T``, float64 ``[rows, d]``, where the layer's output is added to the
+        stream ``r`` of hidden states; None if it is not, or this was not collected.
+    gap_mean
+        ``E (r_dense - r)``, float64 ``[rows]``; None without ``gap``.
     """
 
     gram: Tensor
@@ -61,6 +69,8 @@ class Inputs:
     cross: Tensor | None = None
     cross_mean: Tensor | None = None
     weighted: TokenWeighted | None = None
+    gap: Tensor | None = None
+    gap_mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,10 @@ class Surrogate:
         Added to the diagonal, in units of its mean.
     dense_targets
         Share ``t`` of the *unpruned* model's output in what the layer is to give from its inputs
-        ``x`` in the pruned one, ``w^T ((1 - t) x + t x_dense)`` (needs `Inputs.cross`, `towards`).
+        ``x`` in the pruned one, ``w^T ((1 - t) x + t x_dense)`` (needs `Inputs.cross`).
+    stream
+        With dense targets, whether a layer whose output is added to the stream ``r`` of hidden
+        states is also to make up for the same share of ``r_dense - r`` (`Inputs.gap`).
     tokens
         What a token counts. "equal"; "fisher": the sum over a group's rows of the squared
         gradients of the dense model's next-token loss with respect to its output, so that the loss
@@ -101,6 +114,7 @@ class Surrogate:
     centre: float = 0.0
     damping: float = 0.0
     dense_targets: float = 0.0
+    stream: bool = False
     tokens: Tokens = "equal"
     row_groups: int = 1
 
@@ -129,6 +143,13 @@ class Surrogate:
     def plain(self) -> bool:
         """Whether this is the layer loss as it is."""
         return self == Surrogate()
+
+    @property
+    def targets(self) -> Targets:
+        """What statistics of the dense model it needs."""
+        if self.dense_targets == 0:
+            return "own"
+        return "stream" if self.stream else "dense"
 
     def gram(self, inputs: Inputs) -> Tensor:
         """The Gram matrix that masks are chosen by, float64 ``[d, d]``, where all rows have one."""
@@ -162,7 +183,7 @@ class Surrogate:
                 raise InvalidInput(
                     "Dense targets need the products of the dense and the pruned model's inputs."
                 )
-            linear = target_term(weight, inputs.gram, towards(inputs, self.dense_targets))
+            linear = 2 * weight.double() * missing(weight, inputs, self.dense_targets)
         return [
             MaskProblem(
                 weight[part], self._gram(one), pattern, None if linear is None else linear[part]
@@ -253,7 +274,6 @@ def centred_inputs(inputs: Inputs) -> Inputs:
         assert inputs.cross_mean is not None, "collected with the products"
         cross = cross - inputs.cross_mean[:, None] * inputs.mean
         cross[:, gram.diagonal() == 0] = 0.0
-    zero = torch.zeros_like(inputs.mean)
     weighted = inputs.weighted
     if weighted is not None:
         apart = weighted.mean - inputs.mean
@@ -262,7 +282,12 @@ def centred_inputs(inputs: Inputs) -> Inputs:
             for own, mean, shift in zip(weighted.gram, weighted.mean, apart, strict=True)
         ]
         weighted = TokenWeighted(torch.stack(grams), apart)
-    return Inputs(gram, zero, cross, None if cross is None else zero, weighted)
+    gap = inputs.gap
+    if gap is not None:
+        assert inputs.gap_mean is not None, "collected with the products"
+        gap = gap - inputs.gap_mean[:, None] * inputs.mean
+        gap[:, gram.diagonal() == 0] = 0.0
+    return Inputs(gram, torch.zeros_like(inputs.mean), cross, None, weighted, gap)
 
 
 def bias_correction(weight: Tensor, updated: Tensor, mean: Tensor) -> Tensor:
@@ -281,29 +306,27 @@ def output_change(
     return max(float(loss), 0.0)
 
 
-def target_term(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-    """Linear term of ``E (w^T x_dense - (m * w)^T x)^2``, float64 ``[rows, d]``.
+def missing(weight: Tensor, inputs: Inputs, share: float = 1.0) -> Tensor:
+    """``E (t - W x) x^T`` of the dense targets ``t``, float64 ``[rows, d]``.
 
-    With ``e = w^T (x_dense - x)`` the error that comes in, the loss is ``E (e + q^T x)^2``, which
-    but for the constant ``E e^2`` is ``q^T G q + 2 q^T E[x e]`` with ``E[x e] = (C - G)^T w``.
+    ``t = W ((1 - share) x + share x_dense) + share (r_dense - r)``, the last term where there is an
+    `Inputs.gap`. With ``e = t - w^T x`` the error that comes in and ``q`` what a mask removes, a
+    row loses ``E (e + q^T x)^2``, which but for the constant ``E e^2`` is
+    ``q^T G q + 2 q^T E[x e]``: twice this, times ``w``, is the masks' linear term.
     """
-    w = weight.double()
-    return 2 * w * (w @ (cross.double() - gram.double()))
+    assert inputs.cross is not None, "dense inputs were collected"
+    found = weight.double() @ (inputs.cross.double() - inputs.gram.double())
+    if inputs.gap is not None:
+        found = found + inputs.gap
+    return share * found
 
 
-def towards(inputs: Inputs, share: float) -> Tensor:
-    """``E t x^T`` of the targets' inputs ``t = (1 - share) x + share x_dense``, ``[d, d]``."""
-    assert inputs.cross is not None, "there are two models' inputs to mix"
-    gram, cross = inputs.gram.double(), inputs.cross.double()
-    return gram + share * (cross - gram)
+def retargeted(weight: Tensor, inputs: Inputs, share: float, damping: float = 1e-2) -> Tensor:
+    """The weight with which a layer comes nearest to dense targets, float64 ``[rows, d]``.
 
-
-def retargeted(weight: Tensor, gram: Tensor, cross: Tensor, damping: float = 1e-2) -> Tensor:
-    """The weight with which a layer reproduces ``W t`` from ``x``, float64 ``[rows, d]``.
-
-    ``W* = W + W (C - G) (G + lambda I)^-1`` with ``C = E t x^T`` is the least squares fit of all
+    ``W* = W + E[(t - W x) x^T] (G + lambda I)^-1`` (see `missing`) is the least squares fit of all
     weights, held near the old ones by ``lambda``, the damping in units of the mean diagonal of
-    ``G``. Without damping, ``E |V x - W t|^2 = |V - W*|_G^2 + const`` for every ``V``: masks and
+    ``G``. Without damping, ``E |V x - t|^2 = |V - W*|_G^2 + const`` for every ``V``: masks and
     weight updates of the plain loss, taken with ``W*`` for the weight, are those for the targets.
 
     Raises
@@ -311,14 +334,13 @@ def retargeted(weight: Tensor, gram: Tensor, cross: Tensor, damping: float = 1e-
     InvalidInput
         If there is too little damping for a singular ``G``.
     """
-    w, g = weight.double(), gram.double()
-    system = g.clone()
-    system.diagonal().add_(damping * g.diagonal().mean())
+    system = inputs.gram.double().clone()
+    system.diagonal().add_(damping * system.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info) != 0:
         raise InvalidInput(
             f"The Gram matrix is singular with damping {damping:g}, so that it gives no weight for "
             "dense targets; give more damping, such as 0.01."
         )
-    moved = w @ (cross.double() - g)
-    return w + torch.cholesky_solve(moved.T, factor).T
+    change = torch.cholesky_solve(missing(weight, inputs, share).T, factor)
+    return weight.double() + change.T

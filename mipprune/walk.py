@@ -26,6 +26,7 @@ from .models import PrunableLayer, prunable_layers
 from .placement import OUTSIDE, Placement
 from .ranks import ALONE, Ranks
 from .stages import Stages
+from .surrogate import Targets
 
 HOST_BYTES = 16 * 2**30
 """Activations beyond this wait on disk, unless another bound is given."""
@@ -125,8 +126,9 @@ class BlockWalk:
         In what order a block's layers are pruned: each stage is a step of its own, whose Gram
         matrices see what was pruned in the steps before. None makes one step of every block.
     targets
-        Whether the dense model is run alongside for what its layers would see, `Gram.cross`. Takes
-        a second set of hidden states and a second copy of a block's weights.
+        Whether the dense model is run alongside: "dense" for what its layers would see,
+        `Gram.cross`; "stream" for `Gram.gap` too; "own": not. Takes a second set of hidden states
+        and a second copy of a block's weights.
 
     Attributes
     ----------
@@ -147,10 +149,12 @@ class BlockWalk:
         warn: Callable[[str], None] = lambda _: None,
         watched: Container[str] | None = None,
         stages: Stages | None = None,
-        targets: bool = False,
+        targets: Targets = "own",
     ) -> None:
         self._placement, self._ranks, self._warn = placement, ranks, warn
-        assert propagate or not (stages or targets), "the dense model's inputs change in no stage"
+        assert propagate or (stages is None and targets == "own"), (
+            "the dense model's inputs change in no stage"
+        )
         self._watched, self._stages = watched, stages
         self.token_weights: TokenWeights | None = None
         self._name, self._blocks = placement.blocks_name, placement.blocks
@@ -173,12 +177,13 @@ class BlockWalk:
         except torch.OutOfMemoryError:
             raise self._too_little_memory(1) from None
         self._calls = record.calls
-        host_bytes /= 2 if targets else 1
+        host_bytes /= 1 if targets == "own" else 2
         self.activations = Activations(placement.device, host_bytes, folder)
         for hidden in record.hidden:
             self.activations.append(hidden)
         self._dense: DenseSide | None = None
-        if targets:
+        self._follows = targets == "stream"
+        if targets != "own":
             self._dense = DenseSide(Activations(placement.device, host_bytes, folder))
             for hidden in record.hidden:
                 self._dense.activations.append(hidden)
@@ -252,7 +257,8 @@ class BlockWalk:
 
             return grams, run
         assert self.token_weights is None, "dense targets are for tokens that count the same"
-        beside = TargetCollector(layers, self._ranks)
+        block = self._blocks[index] if self._follows else None
+        beside = TargetCollector(layers, self._ranks, block)
 
         def run_both(batch: int) -> None:
             with dense.block(), beside.dense(self._batches[batch].numel()):

@@ -145,7 +145,8 @@ def prune(
         str,
         typer.Option(
             help="What layers are to give on these inputs: own, their own outputs; dense, what "
-            "they give in the dense model; or the latter's share, such as 0.5."
+            "they give in the dense model; stream, that and, where their output is added to the "
+            "hidden states, what these lack of the dense model's. dense:0.5 goes half the way."
         ),
     ] = "own",
     bias: Annotated[
@@ -235,6 +236,7 @@ def prune(
     allocation = None
     if method.allocate not in (None, "uniform"):
         allocation = Allocation(method.allocate, optional=allocate is None)  # type: ignore[arg-type]
+    share, stream = parse_targets(targets)
     settings = Settings(
         rules,
         method.solver,
@@ -249,7 +251,8 @@ def prune(
             Surrogate(
                 shrink=method.shrink,
                 centre=method.centre,
-                dense_targets=parse_targets(targets),
+                dense_targets=share,
+                stream=stream,
                 tokens=method.tokens,
                 row_groups=method.row_groups,
             ),

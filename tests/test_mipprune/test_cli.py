@@ -138,6 +138,7 @@ def test_a_recipe_equals_the_command_line(run, tmp_path):
     assert {key for key in records[0]["recipe"] if key not in ("config", "verbose")} == {
         "model", "out", "sparsity", "scope", "solver", "option", "samples", "seqlen", "grams",
         "batch_size", "device", "dtype", "seed", "rule", "ignore", "update", "shrink", "centre",
+        "targets", "bias",
     }  # fmt: skip
     assert records[0]["settings"] == records[1]["settings"]
     differing = {k: v for k, v in records[2]["settings"].items() if v != records[0]["settings"][k]}
@@ -181,6 +182,21 @@ def test_what_is_held_out_and_chosen_by_it_repeats_from_its_recipe(run, tmp_path
     assert records[0]["mask_hash"] == records[1]["mask_hash"]
     assert records[0]["held_out_loss"] == records[0]["layers"][0]["held_out_updated_loss"] > 0
     assert records[0]["settings"]["choice"] == {"option": "shrink", "values": [0, 0.5]}
+
+
+def test_targets_of_the_dense_model_repeat_from_their_recipe(run, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    prune = ["prune", "embedded", "--pattern", "2:4", "--only", "*.mlp.*", *FAST]
+    aimed = ["--grams", "sequential", "--targets", "stream:0.5", "--bias", "existing"]
+    aimed += ["--solver", "wanda", "--update", "least_squares"]
+    assert run(*prune, *aimed, "--out", first)[0] == 0
+    assert run("prune", "embedded", "--config", first / "recipe.yaml", "--out", again)[0] == 0
+    records = [json.loads((out / "mipprune.json").read_text()) for out in (first, again)]
+    assert records[0]["layers"] == records[1]["layers"]
+    step = records[0]["settings"]["layer_step"]
+    assert (step["surrogate"]["dense_targets"], step["surrogate"]["stream"]) == (0.5, True)
+    assert records[0]["settings"]["grams"] == "sequential"
+    assert run(*prune, *aimed, "--out", tmp_path / "new", "--dry-run")[0] == 0
 
 
 def test_a_time_budget_is_recorded(run, tmp_path):
@@ -346,7 +362,13 @@ PRUNE = ["prune", "embedded", "--out", "OUT"]
         ([*PRUNE, "--sparsity", "0.5", "-O", "magic=1"], "no option 'magic'"),
         ([*PRUNE, "--sparsity", "0.5", "-O", "magic"], "not of the form name=value"),
         ([*PRUNE, "--sparsity", "0.5", "-O", "candidates=0"], "at least 1"),
-        ([*PRUNE, "--sparsity", "0.5", "--grams", "both"], "'pruned' or 'dense'"),
+        ([*PRUNE, "--sparsity", "0.5", "--grams", "both"], "'sequential' or 'dense'"),
+        ([*PRUNE, "--sparsity", "0.5", "--targets", "both"], "own, dense or stream"),
+        ([*PRUNE, "--sparsity", "0.5", "--bias", "new"], "none of none, existing"),
+        (
+            [*PRUNE, "--sparsity", "0.5", "--targets", "dense", "--solver", "wanda"],
+            "knows no linear term",
+        ),
         ([*PRUNE, "--sparsity", "0.5", "--blocks", "magic"], "no list of blocks named"),
         ([*PRUNE, "--sparsity", "0.5", "--device", "abacus"], "Device 'abacus' is unknown"),
         ([*PRUNE, "--sparsity", "0.5", "--calibration", "no.txt"], "no text file at no.txt"),

@@ -7,6 +7,7 @@ from models import tiny_model, tiny_tokens
 import mipprune
 from mipprune import LayerStep, Surrogate
 from mipprune.calibration import Windows
+from mipprune.layer_step import parse_targets
 from mipprune.models import all_layers, find_blocks
 from mipprune.surrogate import Inputs
 from solvers import InvalidInput, LeastSquares, MaskProblem, PerRow, solve, unbiased_gain
@@ -95,6 +96,15 @@ def test_searches_and_baselines_run_in_a_model(solver, options):
 def test_a_recipe_survives_its_record():
     layer_step = LayerStep(Surrogate(shrink=0.25, dense_targets=0.5), "gain", 0.02, "existing")
     assert LayerStep.from_dict(json.loads(json.dumps(layer_step.to_dict()))) == layer_step
+
+
+def test_targets_have_names():
+    named = {"own": (0.0, False), "dense": (1.0, False), "dense:0.5": (0.5, False)}
+    named |= {"stream": (1.0, True), "stream:0.25": (0.25, True)}
+    assert {text: parse_targets(text) for text in named} == named
+    for text in ("both", "own:0.5", "dense:0", "dense:2", "stream:", "stream:half"):
+        with pytest.raises(InvalidInput, match="own, dense or stream"):
+            parse_targets(text)
 
 
 def test_wrong_recipes_are_refused():

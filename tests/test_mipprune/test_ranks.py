@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 windows = Windows(tiny_tokens(windows=9, length=32), "random tokens")
 with ranks_of_environment(torch.device("cpu")) as ranks:
     records = []
-    aimed = LayerStep(Surrogate(dense_targets=1.0), "least_squares", bias="existing")
+    aimed = LayerStep(Surrogate(dense_targets=1.0, stream=True), "least_squares", bias="existing")
     for family, solver, pattern, grams, step in (
         ("llama", "swap", PerRow(sparsity=0.6), "pruned", LayerStep()),
         ("gpt2", "swap", NM(2, 4), "dense", LayerStep()),

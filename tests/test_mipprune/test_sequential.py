@@ -1,5 +1,7 @@
 """Gram matrices taken anew within a block, and what a layer would see in the dense model."""
 
+import re
+
 import pytest
 import torch
 from models import tiny_model, tiny_tokens
@@ -23,7 +25,7 @@ from solvers import NM, InvalidInput, PerRow
 WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")
 HALF = PerRow(sparsity=0.5)
 SIZE = {"samples": 8, "batch_size": 3}
-AIMED = LayerStep(Surrogate(dense_targets=1.0), "least_squares", bias="existing")
+AIMED = LayerStep(Surrogate(dense_targets=1.0, stream=True), "least_squares", bias="existing")
 
 
 def prune(model, pattern=HALF, solver="wanda", **options):
@@ -124,20 +126,21 @@ def _with_masks(report, without):
     return model
 
 
-def seen(model, names):
-    """Inputs of layers on all windows, float64 ``[tokens, d]``, run as a whole."""
+def seen(model):
+    """First arguments of all modules on all windows, float64 ``[tokens, d]``, in one forward."""
     found = {}
 
     def note(name):
-        def before(_, args):
-            found[name] = args[0].flatten(0, -2).double()
+        def before(_, args, kwargs):
+            given = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(given, torch.Tensor) and given.is_floating_point():
+                found[name] = given.flatten(0, -2).double()
 
         return before
 
     handles = [
-        layer.module.register_forward_pre_hook(note(name))
-        for name, layer in layers_of(model).items()
-        if name in names
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
     ]
     with torch.no_grad():
         model(input_ids=WINDOWS.tokens, use_cache=False)
@@ -146,28 +149,49 @@ def seen(model, names):
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-@pytest.mark.parametrize("stages", [None, Stages()])
-def test_inputs_of_both_models_are_paired(family, stages):
+ADDED = {
+    "llama": {"o_proj": "", "down_proj": ".post_attention_layernorm"},
+    "gpt2": {"attn.c_proj": "", "mlp.c_proj": ".ln_2"},
+    "opt": {"out_proj": "", "fc2": ".final_layer_norm"},
+}
+"""Layers that write to the residual stream, and whose input it is before that."""
+
+
+@pytest.mark.parametrize("family", ADDED)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_inputs_of_both_models_are_paired(family, sequential):
     """Against inputs of the dense model and of one pruned by hand so far."""
     model, by_hand = tiny_model(family), tiny_model(family)
-    if stages is not None:
-        stages = Stages()
     own = layers_of(by_hand)
-    dense = seen(tiny_model(family), own)
-    walk = BlockWalk(Placement(model), WINDOWS.tokens, 3, stages=stages, targets=True)
+
+    def before(name):
+        """The module that is given what is added to a layer's output; None if nothing is."""
+        block = re.match(r".*?\.\d+", name)[0]
+        found = [given for end, given in ADDED[family].items() if name.endswith(end)]
+        return block + found[0] if found else None
+
+    dense = seen(tiny_model(family))
+    stages = Stages() if sequential else None
+    walk = BlockWalk(Placement(model), WINDOWS.tokens, 3, stages=stages, targets="stream")
     checked = 0
     for step in walk:
-        x = seen(by_hand, [layer.name for layer in step.layers])
+        pruned = seen(by_hand)
         for layer in step.layers:
             gram = step.grams.gram(layer)
-            tokens = WINDOWS.tokens.numel()
-            for found, expected in (
-                (gram.matrix, x[layer.name].T @ x[layer.name] / tokens),
-                (gram.cross, dense[layer.name].T @ x[layer.name] / tokens),
+            x, tokens = pruned[layer.name], WINDOWS.tokens.numel()
+            pairs = [
+                (gram.matrix, x.T @ x / tokens),
+                (gram.cross, dense[layer.name].T @ x / tokens),
                 (gram.cross_mean, dense[layer.name].mean(dim=0)),
-            ):
-                assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * found.abs().max())
+            ]
+            stream = before(layer.name)
+            assert (gram.gap is None) == (stream is None)
+            if stream is not None:
+                gap = dense[stream] - pruned[stream]
+                pairs += [(gram.gap, gap.T @ x / tokens), (gram.gap_mean, gap.mean(dim=0))]
+            for found, expected in pairs:
+                near = 1e-5 * float(expected.abs().max()) + 1e-9
+                assert torch.allclose(found, expected, rtol=1e-4, atol=near)
             checked += not torch.allclose(gram.cross, gram.matrix, rtol=1e-2, atol=1e-4)
         for layer in step.layers:
             mask = HALF.round(torch.rand(layer.weight.shape))
@@ -209,7 +233,7 @@ def state(folder):
 
 @pytest.mark.parametrize("update", ["none", "least_squares"])
 def test_resumed_streamed_and_certified(source, tmp_path, monkeypatch, update):
-    step = LayerStep(Surrogate(dense_targets=0.7), update, bias="existing")
+    step = LayerStep(Surrogate(dense_targets=0.7, stream=True), update, bias="existing")
     settings = Settings(Rules(HALF), "swap", grams="sequential", layer_step=step, **SIZE)
     report = prune_to_folder(Source(source), tmp_path / "whole", WINDOWS, settings)
     prune_to_folder(Source(source, stream=True), tmp_path / "streamed", WINDOWS, settings)
@@ -254,15 +278,17 @@ def test_an_allocation_is_plain_and_the_run_is_not():
 def test_dense_targets_bring_the_model_nearer():
     """Of the hidden states before the head, on the calibration text."""
     dense = tiny_model("llama")
-    last = [name for name in layers_of(dense) if name.endswith("down_proj")][-1:]
-    aim = seen(dense, last)[last[0]]
+    last = "model.norm"
+    aim = seen(dense)[last]
     distance = {}
-    for share in (0.0, 1.0):
+    for share, stream in ((0.0, False), (1.0, False), (1.0, True)):
         model = tiny_model("llama")
-        step = LayerStep(Surrogate(dense_targets=share), "least_squares", 1e-4)
+        surrogate = Surrogate(dense_targets=share, stream=stream)
+        step = LayerStep(surrogate, "least_squares", 1e-4)
         prune(model, grams="sequential", layer_step=step)
-        distance[share] = float((seen(model, last)[last[0]] - aim).square().sum())
-    assert distance[1.0] < distance[0.0]
+        distance[share, stream] = float((seen(model)[last] - aim).square().sum())
+    own, dense_targets, stream = distance.values()
+    assert stream < dense_targets < own
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from mipprune.surrogate import (
     Surrogate,
     bias_correction,
     centred,
+    missing,
     retargeted,
     shrunk,
-    target_term,
 )
 from solvers import InvalidInput, MaskProblem, PerRow, solve, updated_loss
 
@@ -91,7 +91,7 @@ def test_dense_targets_with_pruned_inputs(layer):
         loss = ((weight @ dense - weight.masked_fill(~mask, 0.0) @ x) ** 2).mean(dim=1)
         found = problem.objective(mask) + constant
         assert found.numpy() == pytest.approx(loss.numpy())
-    assert float(target_term(weight, inputs.gram, inputs.gram).abs().max()) == 0.0
+    assert float(missing(weight, Inputs(inputs.gram, cross=inputs.gram)).abs().max()) == 0.0
 
 
 def test_what_is_missing_or_wrong_is_said(layer):
@@ -114,43 +114,55 @@ def test_damping_is_in_units_of_the_mean_diagonal(layer):
     assert torch.allclose(Surrogate(damping=0.2).gram(Inputs(gram)), expected)
 
 
-def pair(seed=3):
-    """Inputs of a dense and a pruned model, ``[d, tokens]``, with means."""
-    dense = draw(10, 400, seed=seed) + 0.7
-    return dense, dense + 0.3 * draw(10, 10, seed=9) @ draw(10, 400, seed=seed + 1) + 0.1
+def pair():
+    """Of a dense and a pruned model: inputs ``[d, tokens]`` and the stream ``[rows, tokens]``."""
+    dense, rest = draw(10, 400, seed=3) + 0.7, draw(5, 400, seed=7) + 0.4
+    x = dense + 0.3 * draw(10, 10, seed=9) @ draw(10, 400, seed=4) + 0.1
+    return dense, x, rest, rest + 0.2 * draw(5, 10, seed=8) @ x + 0.3
 
 
-def test_a_retargeted_weight_carries_the_distance_to_the_targets(layer):
-    weight, _ = layer
-    dense, x = pair()
+def paired(stream=True):
+    dense, x, rest, other = pair()
+    gap = (rest - other) if stream else torch.zeros(5, 400, dtype=torch.float64)
     inputs = statistics(x, dense)
-    star = retargeted(weight, inputs.gram, inputs.cross, 0.0)
-    constant = ((star @ x - weight @ dense) ** 2).mean(dim=1)
+    if stream:
+        inputs = replace(inputs, gap=gap @ x.T / 400, gap_mean=gap.mean(dim=1))
+    return replace(inputs, cross_mean=dense.mean(dim=1)), x, dense, gap
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_retargeted_weight_carries_the_distance_to_the_targets(layer, stream):
+    weight, _ = layer
+    inputs, x, dense, gap = paired(stream)
+    star = retargeted(weight, inputs, 1.0, 0.0)
+    target = weight @ dense + gap
+    constant = ((star @ x - target) ** 2).mean(dim=1)
     for seed in range(3):
         v = draw(5, 10, seed=seed)
-        loss = ((v @ x - weight @ dense) ** 2).mean(dim=1)
+        loss = ((v @ x - target) ** 2).mean(dim=1)
         found = updated_loss(star, inputs.gram, v) + constant
         assert found.numpy() == pytest.approx(loss.numpy())
-    assert torch.allclose(retargeted(weight, inputs.gram, inputs.gram, 0.0), weight)
-    near = retargeted(weight, inputs.gram, inputs.cross, 1e6)
-    assert torch.allclose(near, weight, atol=1e-4)
+    same = Inputs(inputs.gram, cross=inputs.gram)
+    assert torch.allclose(retargeted(weight, same, 1.0, 0.0), weight)
+    assert torch.allclose(retargeted(weight, inputs, 1.0, 1e6), weight, atol=1e-4)
     with pytest.raises(InvalidInput, match="more damping"):
-        retargeted(weight, torch.zeros(10, 10), inputs.cross, 0.0)
+        retargeted(weight, replace(inputs, gram=torch.zeros(10, 10)), 1.0, 0.0)
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("share", [0.4, 1.0])
 @pytest.mark.parametrize("bias", ["none", "existing"])
-def test_weights_are_the_best_for_the_targets_on_the_support(layer, share, bias):
+def test_weights_are_the_best_for_the_targets_on_the_support(layer, share, bias, stream):
     """Against least squares in numpy, on the inputs themselves."""
     weight, _ = layer
-    dense, x = pair()
-    inputs = replace(statistics(x, dense), cross_mean=dense.mean(dim=1))
-    step = LayerStep(Surrogate(dense_targets=share), "least_squares", 0.0, bias)
+    inputs, x, dense, gap = paired()
+    surrogate = Surrogate(dense_targets=share, stream=stream)
+    step = LayerStep(surrogate, "least_squares", 0.0, bias)
     aim = step.aim(weight, inputs, has_bias=True)
     mask = PATTERN.round(draw(5, 10, seed=2))
     new, old_bias = aim.updated(mask), draw(5, seed=6)
     new_bias = aim.new_bias(new, old_bias)
-    wanted = weight @ ((1 - share) * x + share * dense) + old_bias[:, None]
+    wanted = weight @ ((1 - share) * x + share * dense) + old_bias[:, None] + share * stream * gap
     for row in range(5):
         columns = [x[mask[row]].numpy().T]
         fixed = old_bias[row].numpy()
@@ -164,15 +176,15 @@ def test_weights_are_the_best_for_the_targets_on_the_support(layer, share, bias)
     assert not bool(new[~mask].any())
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("update", ["none", "gain"])
-def test_masks_alone_are_judged_by_the_linear_term(layer, update):
+def test_masks_alone_are_judged_by_the_linear_term(layer, update, stream):
     weight, _ = layer
-    dense, x = pair()
-    inputs = replace(statistics(x, dense), cross_mean=dense.mean(dim=1))
+    inputs, x, dense, gap = paired()
     share = 0.6
-    target = weight @ ((1 - share) * x + share * dense)
+    target = weight @ ((1 - share) * x + share * dense) + share * stream * gap
     for bias in ("none", "existing"):
-        step = LayerStep(Surrogate(dense_targets=share), update, bias=bias)
+        step = LayerStep(Surrogate(dense_targets=share, stream=stream), update, bias=bias)
         problem = step.aim(weight, inputs, has_bias=True).problems(PATTERN)[0]
         losses = []
         for seed in range(4):

@@ -98,6 +98,21 @@ def test_the_scale_of_the_loss_does_not_matter(solver, pattern):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_a_linear_term_counts_unless_it_is_ignored(solver):
+    plain, options = make_problem(3, 8, PerRow(keep=4), seed=5), QUICK.get(solver, {})
+    term = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(4))] * 3)
+    size = float(plain.gram.diagonal().max() * plain.weight.square().sum())
+    problem = MaskProblem(plain.weight, plain.gram, plain.pattern, 100.0 * size * term)
+    found = solve(problem, solver, **options).mask
+    ignores = type(get_solver(solver)).ignores_linear
+    without = solve(plain, solver, **options).mask
+    if ignores:
+        assert torch.equal(found, without)
+    else:
+        assert bool((problem.objective(found) < problem.objective(without)).all())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_progress_and_trace_never_rise(solver):
     problem = make_problem(40, 32, PerRow(sparsity=0.5))
     told = []
