@@ -215,7 +215,7 @@ def run(
             settings, placement, windows, finished, journal,
             host_bytes=host_bytes, ranks=ranks, observer=observer,
         )  # fmt: skip
-        walk = captured(windows, settings.dense_targets)
+        walk = captured(windows, settings.targets)
     names = [layer.name for layer in chosen]
     surrogate = settings.layer_step.surrogate
     weights = token_weights(surrogate, placement, walk, names, observer)
