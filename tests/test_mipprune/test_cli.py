@@ -138,7 +138,7 @@ def test_a_recipe_equals_the_command_line(run, tmp_path):
     assert {key for key in records[0]["recipe"] if key not in ("config", "verbose")} == {
         "model", "out", "sparsity", "scope", "solver", "option", "samples", "seqlen", "grams",
         "batch_size", "device", "dtype", "seed", "rule", "ignore", "update", "shrink", "centre",
-        "targets", "bias",
+        "targets", "bias", "tokens", "row_groups",
     }  # fmt: skip
     assert records[0]["settings"] == records[1]["settings"]
     differing = {k: v for k, v in records[2]["settings"].items() if v != records[0]["settings"][k]}
