@@ -201,7 +201,7 @@ def summed(layers: Sequence[dict[str, Any]]) -> LayerSum:
         loss_start=sum(starts) if len(starts) == len(layers) else None,
         loss_reference=sum(layer["loss_reference"] for layer in layers),
         relative_error=loss / energy if energy else 0.0,
-        gap=(proven - sum(one["bound"] for one in certified)) / proven if proven else None,
+        gap=(proven - sum(one["bound"] for one in certified)) / abs(proven) if proven else None,
     )
 
 
