@@ -178,7 +178,7 @@ def test_a_model_is_left_alone_when_it_is_refused():
         prune(model, PATTERNS[0], "swap", "magic")
     with pytest.raises(InvalidInput, match="no option 'magic'"):
         prune(model, solver_options={"magic": 1})
-    with pytest.raises(InvalidInput, match="'pruned' or 'dense'"):
+    with pytest.raises(InvalidInput, match="'sequential' or 'dense'"):
         prune(model, grams="both")
     with pytest.raises(InvalidInput, match="no prunable layer 'head'"):
         mipprune.layer_problem(model, None, WINDOWS, "head")
