@@ -14,23 +14,24 @@ from .budget import shape_of
 from .calibration import Windows, calibration_windows, window_length
 from .environment import model_environment
 from .estimate import choose_batch
-from .held_out import Judged, chosen_for_model, split_windows, together
+from .held_out import Judged, split_windows, together
 from .journal import NO_JOURNAL, Journal
 from .layer import LayerSolver, check_layer
 from .masks import StartMasks
 from .models import Coverage, all_layers, coverage, find_blocks
 from .observer import Observer
-from .permute import orders_of_run, permutable
+from .permute import permutable
 from .placement import Placement
+from .preparation import needs_preparation, prepare
 from .ranks import ALONE, Ranks
 from .record import PruneReport
 from .rules import Rules
 from .settings import Settings
-from .share_out import feasible, shared_out
+from .share_out import feasible
 from .stages import Stages
 from .surrogate import Targets
 from .time_budget import NOTE, TimeBudget
-from .token_weights import check_token_weights, token_weights
+from .token_weights import check_token_weights
 from .walk import HOST_BYTES, BlockWalk
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def settled(
         batch_size = min(ranks.gather_objects(fitting))
     layers = all_layers(placement.blocks_name, placement.blocks)
     settings.rules.check(layer.name for layer in layers)
-    chosen = [layer for layer in layers if settings.rules.pattern_for(layer.name) is not None]
-    check_token_weights(settings.layer_step.surrogate, placement, chosen)
+    check_token_weights(settings.layer_step.surrogate, placement, settings.layers(placement))
     if settings.permute is not None:
         permutable(placement, settings.rules)
     allocation = feasible(settings.allocation, settings.rules, placement, warn)
@@ -169,8 +169,7 @@ def run(
             "Several processes would each end a search at another point; a time budget is for one."
         )
     covered = coverage(placement.blocks_name, placement.blocks, model)
-    layers = all_layers(placement.blocks_name, placement.blocks)
-    chosen = [layer for layer in layers if settings.rules.pattern_for(layer.name) is not None]
+    chosen = settings.layers(placement)
     for layer in chosen:
         check_layer(layer, settings)
     model.eval()
@@ -209,42 +208,24 @@ def run(
         warnings=_notes(settings, covered, given, windows.tokens.shape[1]),
     )
     finished = ranks.gather_objects(journal.begin(report))[0]
-    if settings.permute is not None:
-        del walk  # its activations make room for those of the dense pass
-        report.orders = orders_of_run(
-            settings, placement, windows, finished, journal,
-            host_bytes=host_bytes, ranks=ranks, observer=observer,
-        )  # fmt: skip
+    if needs_preparation(settings):
+        del walk  # its activations make room for those of other passes
+        prepared = prepare(
+            settings,
+            placement,
+            windows,
+            apart,
+            captured,
+            finished,
+            journal,
+            host_bytes=host_bytes,
+            ranks=ranks,
+            observer=observer,
+        )
+        settings = prepared.settings
+        prepared.note_in(report)
         walk = captured(windows, settings.targets)
-    names = [layer.name for layer in chosen]
-    surrogate = settings.layer_step.surrogate
-    weights = token_weights(surrogate, placement, walk, names, observer)
-    if settings.allocation is not None:
-        rules = finished.rules
-        if rules is None:
-            del walk  # its activations make room for those of the dense pass
-            rules = shared_out(
-                settings, placement, windows,
-                host_bytes=host_bytes, ranks=ranks, observer=observer, weights=weights,
-            )  # fmt: skip
-            journal.allocate(rules)
-            walk = captured(windows, settings.targets)
-        settings = replace(settings, rules=rules)
-        report.settings["rules"] = rules.to_dict()
-    walk.token_weights = weights
-    if settings.choice is not None and settings.choice.scope == "model":
-        value = finished.chosen
-        if value is None:
-            assert apart is not None, "what is chosen is chosen on windows held out"
-            value = chosen_for_model(
-                settings, walk, captured(apart), ranks=ranks, observer=observer
-            )
-            journal.choose(value)
-            del walk
-            walk = captured(windows)
-            walk.token_weights = weights
-        report.settings["choice"] = {**settings.choice.to_dict(), **value.to_dict()}
-        settings = settings.decided(value)
+        walk.token_weights = prepared.weights
     budget = None
     if settings.time_budget is not None:
         shapes = {layer.name: shape_of(layer) for layer in chosen}

@@ -12,6 +12,8 @@ from .allocate import Allocation
 from .choice import Choice, Chosen
 from .layer_step import LayerStep
 from .masks import StartMasks
+from .models import PrunableLayer, all_layers
+from .placement import Placement
 from .rules import Rules
 from .surrogate import Targets
 
@@ -153,6 +155,16 @@ class Settings:
                 "Masks to start from are for the order that inputs have now; leave --start or "
                 "--permute out."
             )
+
+    def layers(self, placement: Placement) -> list[PrunableLayer]:
+        """A model's layers that are pruned, in order."""
+        layers = all_layers(placement.blocks_name, placement.blocks)
+        return [layer for layer in layers if self.rules.pattern_for(layer.name) is not None]
+
+    @property
+    def chooses_for_model(self) -> bool:
+        """Whether one value of an option is to be chosen for all layers."""
+        return self.choice is not None and self.choice.scope == "model"
 
     @property
     def targets(self) -> Targets:
