@@ -117,6 +117,10 @@ class Shards:
             save_file(contiguous, temporary, metadata={"format": "pt"})
             to_disk(temporary)
 
+    def holds(self, index: int) -> bool:
+        """Whether shard ``index`` is written."""
+        return self._file(index).exists()
+
     def write_index(self) -> None:
         """Write which shard holds which weight."""
         from safetensors import safe_open

@@ -138,8 +138,13 @@ def _write(opened: OpenedModel, report: PruneReport, work: WorkFolder) -> None:
     placement, model, folder = opened.placement, opened.model, work.model
     if isinstance(placement, FromFolder):
         shards = _shards(placement, work)
+        write = _writer(placement, shards)
+        for index in range(len(placement.blocks)):
+            if not shards.holds(index):  # no layer of it was pruned
+                with placement.block(index):
+                    write(index, placement.stored(index))
         with placement.block(OUTSIDE):
-            _writer(placement, shards)(len(placement.blocks), placement.stored(OUTSIDE))
+            write(len(placement.blocks), placement.stored(OUTSIDE))
         shards.write_index()
         model.config.dtype = opened.stored_dtype
         model.config.architectures = [type(model).__name__]

@@ -40,7 +40,7 @@ def run(source, out, pattern=None, calibration=WINDOWS, **options):
     about = {
         name: options.pop(name) for name in ("resume", "host_bytes", "observer") if name in options
     }
-    settings = Settings(Rules(pattern or NM(2, 4)), **{"samples": 8, "batch_size": 3, **options})
+    settings = Settings(Rules.of(pattern or NM(2, 4)), **{"samples": 8, "batch_size": 3, **options})
     return prune_to_folder(Source(source, **where), out, calibration, settings, **about)
 
 
@@ -66,6 +66,20 @@ def test_the_folder_is_the_same_whether_the_model_was_streamed(source, tmp_path)
         assert whole[name] == streamed[name]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]
     assert len({path.stat().st_mode for path in (tmp_path / "streamed").iterdir()}) == 1
+
+
+def test_a_block_left_dense_is_streamed_too(source, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    rules = Rules(NM(2, 4), ignore=("model.layers.1.*",))
+    for name in ("whole", "streamed"):
+        run(source, tmp_path / name, rules, stream=name == "streamed")
+    whole, streamed = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").state_dict()
+        for name in ("whole", "streamed")
+    )
+    assert whole.keys() == streamed.keys()
+    assert all(torch.equal(whole[name], streamed[name]) for name in whole)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_neox", "jamba", "deepseek_v3"])
