@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import draw, write
 from matplotlib.figure import Figure
+from methods import METHODS, PUBLISHED
 from yardstick import (
     WINDOW,
     Yardstick,
@@ -33,118 +33,15 @@ from yardstick import (
 )
 
 import mipprune
-from mipprune.allocate import Allocation
 from mipprune.calibration import Windows
 from mipprune.layer_step import LayerStep
-from mipprune.surrogate import Surrogate
 from solvers import NM, Pattern, PerRow
-
-HALF = Surrogate(shrink=0.5)
-TABU = {"solver": "chain", "solver_options": {"stages": [["tabu", {"iterations": 4000}]]}}
-
-
-def _squares(damping: float = 1e-2, targets: float = 0.0, stream: bool = False) -> LayerStep:
-    surrogate = Surrogate(dense_targets=targets, stream=stream)
-    return LayerStep(surrogate, "least_squares", damping)
-
-
-SEQUENTIAL = {"grams": "sequential"}
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"solver": "magnitude"},
-    "wanda": {"solver": "wanda"},
-    "ria": {"solver": "ria"},
-    "dsnot": {"solver": "dsnot"},
-    "sparsefw": {"solver": "sparsefw"},
-    "sparseswaps": {"solver": "sparseswaps"},
-    "swap": {"solver": "swap"},
-    "tabu": TABU,
-    "swap, shrink 0.5": {"solver": "swap", "layer_step": LayerStep(HALF)},
-    "swap, shrink 0.5, fisher": {
-        "solver": "swap",
-        "layer_step": LayerStep(replace(HALF, tokens="fisher")),
-    },
-    "swap, shrink 0.5, fisher, 8 groups": {
-        "solver": "swap",
-        "layer_step": LayerStep(replace(HALF, tokens="fisher", row_groups=8)),
-    },
-    "swap, shrink 0.5, inverse norm": {
-        "solver": "swap",
-        "layer_step": LayerStep(replace(HALF, tokens="inverse_norm")),
-    },
-    "swap, shrink 0.5, allocated": {
-        "solver": "swap",
-        "layer_step": LayerStep(HALF),
-        "allocation": Allocation(),
-    },
-    "wanda + gain": {"solver": "wanda", "layer_step": LayerStep(update="gain")},
-    "ria + gain": {"solver": "ria", "layer_step": LayerStep(update="gain")},
-    "swap, shrink 0.5 + gain": {"solver": "swap", "layer_step": LayerStep(HALF, update="gain")},
-    "swap, shrink 0.5, allocated + gain": {
-        "solver": "swap",
-        "layer_step": LayerStep(HALF, update="gain"),
-        "allocation": Allocation(),
-    },
-    "sparsegpt": {"solver": "sparsegpt", "layer_step": LayerStep(update="sparsegpt")},
-    "wanda + least squares": {"solver": "wanda", "layer_step": _squares()},
-    "swap + least squares": {"solver": "swap", "layer_step": _squares()},
-    "swap, shrink 0.5 + least squares": {
-        "solver": "swap",
-        "layer_step": LayerStep(HALF, update="least_squares"),
-    },
-    "alps": {"solver": "alps", "layer_step": _squares()},
-    "alps, damping 0.1": {"solver": "alps", "layer_step": _squares(0.1)},
-    "alps, allocated": {"solver": "alps", "layer_step": _squares(), "allocation": Allocation()},
-    "alps, allocated, damping 0.1": {
-        "solver": "alps",
-        "layer_step": _squares(0.1),
-        "allocation": Allocation(),
-    },
-    "alps, sequential": {"solver": "alps", "layer_step": _squares(), **SEQUENTIAL},
-    "alps, dense targets": {"solver": "alps", "layer_step": _squares(targets=1.0)},
-    "alps, sequential, dense targets": {
-        "solver": "alps",
-        "layer_step": _squares(targets=1.0),
-        **SEQUENTIAL,
-    },
-    "alps, sequential, half stream targets": {
-        "solver": "alps",
-        "layer_step": _squares(targets=0.5, stream=True),
-        **SEQUENTIAL,
-    },
-    "alps, allocated, sequential, half stream targets": {
-        "solver": "alps",
-        "layer_step": _squares(targets=0.5, stream=True),
-        "allocation": Allocation(),
-        **SEQUENTIAL,
-    },
-    "joint": {"solver": "joint", "layer_step": _squares()},
-    "joint, sequential, half stream targets": {
-        "solver": "joint",
-        "layer_step": _squares(targets=0.5, stream=True),
-        **SEQUENTIAL,
-    },
-    "joint, allocated": {"solver": "joint", "layer_step": _squares(), "allocation": Allocation()},
-    **{
-        f"{name}, permuted": {**method, "permute": "neurons"}
-        for name, method in {
-            "wanda": {"solver": "wanda"},
-            "ria": {"solver": "ria"},
-            "swap, shrink 0.5": {"solver": "swap", "layer_step": LayerStep(HALF)},
-            "alps": {"solver": "alps", "layer_step": _squares()},
-        }.items()
-    },
-}
-
-
-PUBLISHED = ("magnitude", "wanda", "ria", "dsnot", "sparsefw", "sparseswaps", "sparsegpt", "alps")
 
 
 def updates(name: str) -> bool:
     """Whether a method changes the weights that it keeps."""
-    step = METHODS[name].get("layer_step")
-    return step is not None and not step.keeps_weights
+    step: LayerStep = METHODS[name]["layer_step"]
+    return not step.keeps_weights
 
 
 def leads(results: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +127,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 def _fits(method: dict[str, Any], pattern: Pattern) -> bool:
     """Sparsity can be allocated where it is not N:M, and inputs permuted where it is."""
-    return ("permute" if not isinstance(pattern, NM) else "allocation") not in method
+    return method["allocation" if isinstance(pattern, NM) else "permute"] is None
 
 
 def parse(text: str) -> Pattern:
