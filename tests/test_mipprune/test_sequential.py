@@ -203,6 +203,23 @@ def test_inputs_of_both_models_are_paired(family, sequential):
     assert checked > len(own) / 3
 
 
+@pytest.mark.parametrize(
+    ("family", "writers"),
+    [
+        ("bloom", {"dense", "dense_4h_to_h"}),
+        ("mixtral", {"o_proj"}),  # experts' outputs are mixed first,
+        ("gemma2", set()),  # these are normed,
+        ("granite", set()),  # scaled,
+        ("phi", set()),  # and those of both parts of a block added up
+    ],
+)
+def test_layers_that_write_to_the_stream_are_found(family, writers):
+    walk = BlockWalk(Placement(tiny_model(family)), WINDOWS.tokens, 8, targets="stream")
+    step = next(iter(walk))
+    found = {one.name for one in step.layers if step.grams.gram(one).gap is not None}
+    assert {name.split(".")[-1] for name in found} == writers
+
+
 def test_experts_aim_at_their_own_outputs():
     report = prune(tiny_model("mixtral"), layer_step=AIMED, grams="sequential")
     for layer in report.layers:
