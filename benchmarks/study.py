@@ -127,7 +127,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "joint, allocated": {"solver": "joint", "layer_step": _squares(), "allocation": Allocation()},
     **{
-        f"{name}, permuted": {**method, "permute": "neurons"}
+        f"{name}, {what} permuted": {**method, "permute": what}
+        for what in ("neurons", "all")
         for name, method in {
             "wanda": {"solver": "wanda"},
             "ria": {"solver": "ria"},
