@@ -60,7 +60,7 @@ class Prepared:
 def needs_preparation(settings: Settings) -> bool:
     """Whether there is anything to find before the run."""
     return (
-        settings.permute is not None
+        bool(settings.permuted)
         or settings.layer_step.surrogate.tokens != "equal"
         or settings.allocation is not None
         or settings.chooses_for_model
@@ -100,7 +100,7 @@ def prepare(
     observer = observer or Observer()
     shared: dict[str, Any] = {"host_bytes": host_bytes, "ranks": ranks, "observer": observer}
     orders: dict[str, InputOrder] = {}
-    if settings.permute is not None:
+    if settings.permuted:
         orders = orders_of_run(settings, placement, windows, finished, journal, **shared)
     weights, surrogate = None, settings.layer_step.surrogate
     if surrogate.tokens != "equal":

@@ -124,8 +124,8 @@ def settled(
     layers = all_layers(placement.blocks_name, placement.blocks)
     settings.rules.check(layer.name for layer in layers)
     check_token_weights(settings.layer_step.surrogate, placement, settings.layers(placement))
-    if settings.permute is not None:
-        permutable(placement, settings.rules)
+    if settings.permuted:
+        permutable(placement, settings.rules, settings.permuted)
     allocation = feasible(settings.allocation, settings.rules, placement, warn)
     return replace(settings, batch_size=batch_size, allocation=allocation)
 

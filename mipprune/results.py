@@ -279,12 +279,16 @@ def _order_text(record: dict[str, Any]) -> str:
     order = record.get("order")
     if order is None:
         return ""
-    lost, given = (sum(order[key].values()) for key in ("lost", "lost_as_given"))
+    shares = [
+        lost / order["lost_as_given"][name] if order["lost_as_given"][name] else 1.0
+        for name, lost in order["lost"].items()
+    ]
     return (
-        f"Before that, the inputs of {len(order['lost'])} layers were put in an order in which "
-        f"masks of the pattern lose {lost / given if given else 1.0:.0%} of the saliency that they "
-        f"would, without a change to what the dense model computes: `{ORDER_FILE}` (for the dense "
-        f"model, `mipprune.apply_order`; SHA-256 `{order['sha256']}`)."
+        f"Before that, inputs ({record['settings']['permute']}) were put in an order in which "
+        f"masks of the pattern lose {sum(shares) / len(shares):.0%} of the saliency that they "
+        "would, on average; the dense model computes the same in it. "
+        f"`{ORDER_FILE}` holds that order (`mipprune.apply_order` puts the dense model in it; "
+        f"SHA-256 `{order['sha256']}`)."
     )
 
 

@@ -19,7 +19,10 @@ from .surrogate import Targets
 
 Grams = Literal["pruned", "sequential", "dense"]
 
-Permute = Literal["neurons"]
+Permute = Literal["neurons", "values", "residual"]
+"""What can be permuted: MLP neurons, the values in each head, the residual stream."""
+
+ALL = "all"
 
 CURRENT = "current"
 """As a start: the mask of the weights that are not zero, for a model that is sparse already."""
@@ -56,7 +59,7 @@ class Settings:
         Shares out the pattern's sparsity among the layers; None gives it to every layer.
     permute
         What is put in an order that suits a pattern N:M before the run, see `mipprune.permute`:
-        "neurons" of MLPs; None leaves the order as it is.
+        some of `Permute`, with commas between, or "all"; None leaves the order as it is.
     time_budget
         Seconds for the run as a whole, see `TimeBudget`; None lets every search end by itself. A
         resumed run has the unfinished layers' part of it.
@@ -82,7 +85,7 @@ class Settings:
     seed: int = 0
     layer_step: LayerStep = field(default_factory=LayerStep)
     allocation: Allocation | None = None
-    permute: Permute | None = None
+    permute: str | None = None
     time_budget: float | None = None
     held_out: float | None = None
     choice: Choice | None = None
@@ -140,9 +143,11 @@ class Settings:
     def _check_permute(self) -> None:
         if self.permute is None:
             return
-        if self.permute not in get_args(Permute):
+        unknown = set(self.permuted) - set(get_args(Permute))
+        if unknown:
             raise InvalidInput(
-                f"'{self.permute}' is nothing to permute; give {' or '.join(get_args(Permute))}."
+                f"'{min(unknown)}' is nothing to permute; give {', '.join(get_args(Permute))}, "
+                f"some of these with commas between, or {ALL}."
             )
         patterns = [self.rules.default, *(pattern for _, pattern in self.rules.rules)]
         if not any(isinstance(pattern, NM) for pattern in patterns):
@@ -187,6 +192,15 @@ class Settings:
     def decided(self, chosen: Chosen) -> Settings:
         """These settings with the value that was chosen, and nothing left open."""
         return self.candidates()[chosen.place]
+
+    @property
+    def permuted(self) -> tuple[str, ...]:
+        """What is permuted, by the names of `Permute`."""
+        if self.permute is None:
+            return ()
+        if self.permute == ALL:
+            return get_args(Permute)
+        return tuple(one.strip() for one in self.permute.split(","))
 
     @property
     def windows_at_once(self) -> int:

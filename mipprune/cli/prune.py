@@ -101,8 +101,9 @@ def prune(
     permute: Annotated[
         str | None,
         typer.Option(
-            help="neurons: with a keep:group pattern, first put the MLP neurons in an order that "
-            "suits it. The dense model computes the same in it."
+            help="With a keep:group pattern, first put inputs in an order that suits it, in which "
+            "the dense model computes the same: neurons of the MLPs, values within each head, "
+            "the residual stream (neurons,values,residual), or all."
         ),
     ] = None,
     time_budget: Annotated[
@@ -260,7 +261,7 @@ def prune(
             bias=bias,  # type: ignore[arg-type] # checked there
         ),
         allocation=allocation,
-        permute=permute,  # type: ignore[arg-type] # checked there
+        permute=permute,
         time_budget=None if time_budget is None else parse_seconds(time_budget),
         held_out=held_out,
         choice=None if choose is None else Choice.parse(choose, choose_for or "layer"),  # type: ignore[arg-type]
