@@ -79,8 +79,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "alps, dense targets": method("alps", SQUARES, dense_targets=1.0),
     "alps, sequential, dense targets": method("alps", SQUARES, sequential=True, dense_targets=1.0),
     "alps, sequential, half stream targets": method("alps", SQUARES, **STREAM),
-    "alps, sequential, half stream targets, all permuted": method(
-        "alps", SQUARES, permuted="all", **STREAM
+    "alps, sequential, half stream targets, permuted": method(
+        "alps", SQUARES, permuted="neurons", **STREAM
     ),
     "alps, allocated": method("alps", SQUARES, allocated=True),
     "alps, allocated, damping 0.1": method("alps", SQUARES, 0.1, allocated=True),
