@@ -112,6 +112,31 @@ def table(pattern: str, dense: float, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def beside(record: dict[str, Any], patterns: list[str]) -> str:
+    """Markdown: methods by patterns; loss, perplexity and its increase against Wanda's, KL."""
+    dense = record["dense_perplexity"]
+    heads = [f"{one}: loss | perplexity | KL" for one in patterns]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * 3 * len(patterns)]
+    for name in METHODS:
+        cells, found = [], False
+        for pattern in patterns:
+            results = record["patterns"].get(pattern, {})
+            mean = results.get(name, {}).get("summary")
+            if mean is None:
+                cells.append("| | ")
+                continue
+            found = True
+            wanda = results["wanda"]["summary"]["perplexity"] - dense
+            cells.append(
+                f"{mean['of_wanda']:.3f} | {mean['perplexity']:.2f} "
+                f"± {mean.get('perplexity_error', math.nan):.2f} "
+                f"({(mean['perplexity'] - dense) / wanda:.0%}) | {mean['kl']:.3f}"
+            )
+        if found:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(record: dict[str, Any], path: Path) -> None:
     """Perplexity of every method, with one standard error over the seeds."""
     patterns = record["patterns"]
@@ -176,6 +201,7 @@ def main() -> None:
         record["patterns"][str(pattern)] = in_order
         record.setdefault("leads", {})[str(pattern)] = leads(in_order)
         print(table(str(pattern), yard.perplexity, in_order))
+    print(beside(record, list(record["patterns"])))
     write(arguments.out, arguments.name, record)
     plot(record, arguments.out / f"{arguments.name}.png")
 
