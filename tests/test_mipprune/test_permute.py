@@ -78,7 +78,7 @@ def test_the_model_computes_the_same_with_its_neurons_reordered(family):
 
 
 GROUPS = ["llama", "qwen2", "qwen3", "gemma2", "phi", "phi3", "glm4", "gpt_oss", "mixtral"]
-STREAMS = [*GROUPS, "olmo2", "qwen2_moe", "deepseek_v3", "gemma3_text", "nanochat"]
+STREAMS = [*GROUPS, "olmo2", "qwen3_moe", "deepseek_v3", "gemma3_text", "nanochat"]
 
 
 @pytest.mark.parametrize(
