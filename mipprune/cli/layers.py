@@ -17,9 +17,12 @@ from .options import (
     Device,
     DTypeOption,
     ModelArgument,
+    PatternName,
     Samples,
+    Scope,
     Seed,
     SeqLen,
+    Sparsity,
     TrustRemoteCode,
     check_writable,
     parse_pattern,
@@ -69,13 +72,9 @@ def compare(
         Path, typer.Argument(help="As `mipprune problem` writes it.", show_default=False)
     ],
     solvers: Annotated[str, typer.Option(help="Names, separated by commas.", show_default=False)],
-    sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of weights removed, in (0, 1).")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="keep:group, such as 2:4 (keeps 2 of every 4).")
-    ] = None,
-    scope: Annotated[str, typer.Option(help="Sparsity per row or per layer.")] = "row",
+    sparsity: Sparsity = None,
+    pattern: PatternName = None,
+    scope: Scope = "row",
     rows: Annotated[int | None, typer.Option(help="The first so many; default: all.")] = None,
     inputs: Annotated[int | None, typer.Option(help="The first so many; default: all.")] = None,
     start: Annotated[

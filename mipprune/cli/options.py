@@ -18,6 +18,12 @@ file can give."""
 ModelArgument = Annotated[
     str, typer.Argument(help='Folder, Hugging Face id, or "embedded".', show_default=False)
 ]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of weights removed, in (0, 1).")]
+PatternName = Annotated[
+    str | None,
+    typer.Option("--pattern", help="keep:group, such as 2:4 (keeps 2 of every 4)."),
+]
+Scope = Annotated[str, typer.Option(help="Sparsity per row or per layer.")]
 Calibration = Annotated[
     str | None,
     typer.Option(

@@ -19,12 +19,15 @@ from .options import (
     Device,
     DTypeOption,
     ModelArgument,
+    PatternName,
     Quiet,
     Resume,
     Samples,
+    Scope,
     Seed,
     SeqLen,
     SolverOptions,
+    Sparsity,
     Stream,
     TokenCache,
     TrustRemoteCode,
@@ -42,13 +45,9 @@ def prune(
     context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="New folder for the pruned model.")],
-    sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of weights removed, in (0, 1).")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="keep:group, such as 2:4 (keeps 2 of every 4).")
-    ] = None,
-    scope: Annotated[str, typer.Option(help="Sparsity per row or per layer.")] = "row",
+    sparsity: Sparsity = None,
+    pattern: PatternName = None,
+    scope: Scope = "row",
     solver: Annotated[
         str | None,
         typer.Option(

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model, tiny_tokens
+from runs import interrupted, save_source
 
 import mipprune
 from mipprune.allocate import Allocation, allocate
 from mipprune.calibration import Windows
 from mipprune.dense_walk import DenseWalk
 from mipprune.job import prune_to_folder
-from mipprune.journal import FileJournal
 from mipprune.loss_curves import LossCurve, Option, loss_curves
 from mipprune.models import all_layers, find_blocks
 from mipprune.opening import Source
@@ -271,27 +271,16 @@ def test_an_optional_allocation_leaves_large_models_alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny model's folder; its tokenizer is another model's and not used."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model("llama").save_pretrained(folder)
-    mipprune.load_model("embedded", CPU).tokenizer.save_pretrained(folder)
-    return str(folder)
+    """A tiny model's folder."""
+    return save_source(tiny_model("llama"), tmp_path_factory.mktemp("models") / "tiny")
 
 
 def test_an_interrupted_run_goes_on_with_the_rules_it_had(source, tmp_path, monkeypatch):
     settings = Settings(HALF, allocation=Allocation(), **SIZE)
     model = Source(source)
     whole = prune_to_folder(model, tmp_path / "whole", WINDOWS, settings)
-    finish = FileJournal.finish
-
-    def crash(self, layer, pruned):
-        finish(self, layer, pruned)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FileJournal, "finish", crash)
-        with pytest.raises(KeyboardInterrupt):
-            prune_to_folder(model, tmp_path / "out", WINDOWS, settings)
+    with interrupted():
+        prune_to_folder(model, tmp_path / "out", WINDOWS, settings)
     other = replace(settings, allocation=Allocation("owl"))
     with pytest.raises(InvalidInput, match=r"'allocation\.method' is 'owl' now"):
         prune_to_folder(model, tmp_path / "out", WINDOWS, other, resume=True)

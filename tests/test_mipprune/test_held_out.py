@@ -4,12 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 from models import tiny_model, tiny_tokens
+from runs import content, interrupted, save_source
 
 import mipprune
 from mipprune import Choice, LayerStep, Surrogate
 from mipprune.calibration import Windows
 from mipprune.certify import certify
-from mipprune.checkpoint import TIMINGS_FILE
 from mipprune.held_out import split_windows
 from mipprune.html_report import html_report
 from mipprune.job import prune_to_folder
@@ -106,16 +106,8 @@ def test_every_layer_takes_the_value_of_least_held_out_loss(choice, solver, opti
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny model's folder; its tokenizer is another model's and not used."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model("llama").save_pretrained(folder)
-    mipprune.load_model("embedded", torch.device("cpu")).tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def content(folder):
-    files = (path for path in folder.iterdir() if path.is_file() and path.name != TIMINGS_FILE)
-    return {path.name: path.read_bytes() for path in files}
+    """A tiny model's folder."""
+    return save_source(tiny_model("llama"), tmp_path_factory.mktemp("models") / "tiny")
 
 
 def test_resumed_streamed_and_certified(source, tmp_path, monkeypatch):
@@ -124,18 +116,8 @@ def test_resumed_streamed_and_certified(source, tmp_path, monkeypatch):
     report = prune_to_folder(whole, tmp_path / "whole", WINDOWS, settings)
     streamed = Source(source, stream=True)
     prune_to_folder(streamed, tmp_path / "streamed", WINDOWS, settings)
-    finish, left = FileJournal.finish, [4]
-
-    def crash(self, layer, pruned):
-        finish(self, layer, pruned)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FileJournal, "finish", crash)
-        with pytest.raises(KeyboardInterrupt):
-            prune_to_folder(whole, tmp_path / "resumed", WINDOWS, settings)
+    with interrupted(after=4):
+        prune_to_folder(whole, tmp_path / "resumed", WINDOWS, settings)
     other = replace(settings, held_out=0.5)
     with pytest.raises(InvalidInput, match=r"'held_out' is 0\.5 now"):
         prune_to_folder(whole, tmp_path / "resumed", WINDOWS, other, resume=True)

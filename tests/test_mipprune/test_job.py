@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from models import tiny_model, tiny_tokens
+from runs import content, save_source
 
 import mipprune
 from mipprune.calibration import Windows
@@ -28,11 +29,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny model's folder; its tokenizer is another model's and not used."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model("llama").to(torch.bfloat16).save_pretrained(folder)
-    mipprune.load_model("embedded", CPU).tokenizer.save_pretrained(folder)
-    return str(folder)
+    """A tiny model's folder."""
+    return save_source(
+        tiny_model("llama").to(torch.bfloat16), tmp_path_factory.mktemp("models") / "tiny"
+    )
 
 
 def run(source, out, pattern=None, calibration=WINDOWS, **options):
@@ -42,10 +42,6 @@ def run(source, out, pattern=None, calibration=WINDOWS, **options):
     }
     settings = Settings(Rules.of(pattern or NM(2, 4)), **{"samples": 8, "batch_size": 3, **options})
     return prune_to_folder(Source(source, **where), out, calibration, settings, **about)
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != TIMINGS_FILE}
 
 
 def test_the_folder_is_the_same_whether_the_model_was_streamed(source, tmp_path):

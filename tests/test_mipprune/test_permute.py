@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from models import tiny_model, tiny_tokens
+from runs import content
 from transformers import AutoModelForCausalLM
 
 import mipprune
@@ -242,10 +243,6 @@ def source(tmp_path_factory):
 def to_folder(source, out, stream=False, **options):
     settings = Settings(TWO_FOUR, "ria", samples=8, batch_size=3, permute="all")
     return prune_to_folder(Source(str(source), stream=stream), out, WINDOWS, settings, **options)
-
-
-def content(folder):
-    return {one.name: one.read_bytes() for one in folder.iterdir() if one.name != "timings.json"}
 
 
 def test_the_folder_holds_the_order_and_a_run_goes_on_with_it(source, tmp_path, monkeypatch):

@@ -5,14 +5,13 @@ import re
 import pytest
 import torch
 from models import tiny_model, tiny_tokens
+from runs import content, interrupted, save_source
 
 import mipprune
 from mipprune import LayerStep, Surrogate
 from mipprune.calibration import Windows
 from mipprune.certify import certify, check_folder
-from mipprune.checkpoint import TIMINGS_FILE
 from mipprune.job import prune_to_folder
-from mipprune.journal import FileJournal
 from mipprune.models import LoadedModel, all_layers, find_blocks
 from mipprune.opening import Source
 from mipprune.placement import Placement
@@ -228,20 +227,12 @@ def test_experts_aim_at_their_own_outputs():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny model with biases; its tokenizer is another model's and not used."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+    """A tiny model with biases, in a folder."""
     model = tiny_model("qwen2")
     for layer in layers_of(model).values():
         if layer.bias is not None:
             torch.nn.init.normal_(layer.bias)
-    model.save_pretrained(folder)
-    mipprune.load_model("embedded", torch.device("cpu")).tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def content(folder):
-    files = (path for path in folder.iterdir() if path.is_file() and path.name != TIMINGS_FILE)
-    return {path.name: path.read_bytes() for path in files}
+    return save_source(model, tmp_path_factory.mktemp("models") / "tiny")
 
 
 def state(folder):
@@ -254,18 +245,8 @@ def test_resumed_streamed_and_certified(source, tmp_path, monkeypatch, update):
     settings = Settings(Rules(HALF), "swap", grams="sequential", layer_step=step, **SIZE)
     report = prune_to_folder(Source(source), tmp_path / "whole", WINDOWS, settings)
     prune_to_folder(Source(source, stream=True), tmp_path / "streamed", WINDOWS, settings)
-    finish, left = FileJournal.finish, [11]  # within the second block, after its first stages
-
-    def crash(self, layer, pruned):
-        finish(self, layer, pruned)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FileJournal, "finish", crash)
-        with pytest.raises(KeyboardInterrupt):
-            prune_to_folder(Source(source), tmp_path / "resumed", WINDOWS, settings)
+    with interrupted(after=11):  # within the second block, after its first stages
+        prune_to_folder(Source(source), tmp_path / "resumed", WINDOWS, settings)
     prune_to_folder(Source(source), tmp_path / "resumed", WINDOWS, settings, resume=True)
     assert content(tmp_path / "resumed") == content(tmp_path / "whole")
     saved, other = (state(tmp_path / name) for name in ("whole", "streamed"))

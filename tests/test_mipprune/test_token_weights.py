@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import tiny_model, tiny_tokens
+from runs import interrupted, save_source
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -16,7 +17,6 @@ from mipprune.estimate import plan
 from mipprune.folder import ModelFolder, build_empty
 from mipprune.gram import GramCollector
 from mipprune.job import prune_to_folder
-from mipprune.journal import FileJournal
 from mipprune.models import LoadedModel, PrunableLayer, all_layers, find_blocks
 from mipprune.observer import Observer
 from mipprune.opening import Source
@@ -235,11 +235,8 @@ def test_batches_may_be_halved_in_the_backward_pass_or_after_it(backward, monkey
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny model's folder; its tokenizer is another model's and not used."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model("llama").save_pretrained(folder)
-    mipprune.load_model("embedded", torch.device("cpu")).tokenizer.save_pretrained(folder)
-    return str(folder)
+    """A tiny model's folder."""
+    return save_source(tiny_model("llama"), tmp_path_factory.mktemp("models") / "tiny")
 
 
 def masks(folder):
@@ -258,18 +255,8 @@ def test_resumed_certified_and_checked(source, tmp_path, monkeypatch, surrogate)
     )
     whole = Source(source)
     prune_to_folder(whole, tmp_path / "whole", WINDOWS, settings)
-    finish, left = FileJournal.finish, [9]
-
-    def crash(self, layer, pruned):
-        finish(self, layer, pruned)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FileJournal, "finish", crash)
-        with pytest.raises(KeyboardInterrupt):
-            prune_to_folder(whole, tmp_path / "resumed", WINDOWS, settings)
+    with interrupted(after=9):
+        prune_to_folder(whole, tmp_path / "resumed", WINDOWS, settings)
     prune_to_folder(whole, tmp_path / "resumed", WINDOWS, settings, resume=True)
     assert masks(tmp_path / "whole") == masks(tmp_path / "resumed")
     if surrogate.tokens == "inverse_norm":
