@@ -44,9 +44,10 @@ with ranks_of_environment(torch.device("cpu")) as ranks:
         report = mipprune.prune(
             tiny_model(family), None, windows, pattern, solver,
             grams=grams, samples=9, batch_size=2, layer_step=step, ranks=ranks,
+            permute={"gpt2": "neurons", "qwen2": "all"}.get(family),
         )
         losses = [(layer.tokens, layer.updated_loss) for layer in report.layers]
-        records.append((report.mask_hash, losses))
+        records.append((report.mask_hash, report.to_dict()["order"], losses))
     for tokens, row_groups in (("fisher", 2), ("inverse_norm", 1)):
         surrogate = mipprune.Surrogate(tokens=tokens, row_groups=row_groups)
         report = mipprune.prune(
