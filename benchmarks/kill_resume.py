@@ -4,8 +4,8 @@ The embedded model is pruned by the command line in a process of its own (forked
 imported what takes long), which gets SIGKILL: once before its journal begins, within each tenth of
 its layers (a random moment after a random record of the journal), and after the last layer, while
 the output is written. What is left is resumed, and every file but the times must be the same, byte
-for byte. So for masks alone, for corrected weights, and for a model that is read and written block
-by block.
+for byte. So for masks alone, for corrected weights, for a model that is read and written block by
+block, for one pruned stage by stage towards the dense model's outputs, and for inputs reordered.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ from common import RESULTS, write
 from mipprune.checkpoint import RECORD_FILE, TIMINGS_FILE
 from mipprune.journal import _HEAD
 
+SHARED = ["--sparsity", "0.6", "--solver", "wanda"]
+UPDATED = [*SHARED, "--update", "least_squares"]
 RUNS = {
-    "masks": ["--solver", "wanda"],
-    "weights": ["--solver", "wanda", "--update", "least_squares"],
-    "streamed": ["--solver", "wanda", "--stream"],
+    "masks": SHARED,
+    "weights": UPDATED,
+    "streamed": [*SHARED, "--stream"],
+    "sequential": [*UPDATED, "--grams", "sequential", "--targets", "stream:0.5"],
+    "permuted": ["--pattern", "2:4", "--solver", "wanda", "--permute", "neurons"],
 }
 SERVER = multiprocessing.get_context("forkserver")
 IMPORTED = ["mipprune.cli", "mipprune.job", "mipprune.demo", "numba"]
@@ -143,7 +147,7 @@ def killed(
 
 
 def begin(out: Path, said: list[str]) -> Process:
-    command = ["mipprune", "prune", "embedded", "--sparsity", "0.6", "--quiet"]
+    command = ["mipprune", "prune", "embedded", "--quiet"]
     command += ["--samples", "8", "--seqlen", "128", *said]
     command += ["--out", out.name]  # the record has the command, so it must be the same
     out.parent.mkdir(parents=True, exist_ok=True)
