@@ -37,6 +37,9 @@ from mipprune.calibration import Windows
 from mipprune.layer_step import LayerStep
 from solvers import NM, Pattern, PerRow
 
+TEMPERATURES = (0.9, 0.95, 1.0, 1.05, 1.1)
+"""Whether the dense model itself is over-confident on the text: then its best one is above 1."""
+
 
 def updates(name: str) -> bool:
     """Whether a method changes the weights that it keeps."""
@@ -184,6 +187,7 @@ def main() -> None:
     }
     before = arguments.out / f"{arguments.name}.json"
     record = resumed(before, settings, "patterns", arguments.resume)
+    record["dense_by_temperature"] = {str(at): yard.tempered(at) for at in TEMPERATURES}
     for text in arguments.patterns.split(","):
         pattern = parse(text)
         results = record["patterns"].setdefault(str(pattern), {})

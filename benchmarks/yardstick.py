@@ -57,6 +57,11 @@ class Yardstick:
         self.dense = [self._logits(model, batch) for batch in self._batches()]
         self.perplexity = math.exp(statistics.fmean(self._losses(self.dense)))
 
+    def tempered(self, temperature: float) -> float:
+        """The dense model's perplexity with its logits divided by a temperature."""
+        outputs = [log_softmax(logits / temperature, dim=-1) for logits in self.dense]
+        return math.exp(statistics.fmean(self._losses(outputs)))
+
     def _batches(self) -> tuple[Tensor, ...]:
         return torch.split(self._windows.tokens, 8)
 
