@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mipprune.allocate import Allocation
+from mipprune.choice import Choice
 from mipprune.layer_step import LayerStep, Update
 from mipprune.surrogate import Surrogate
 
@@ -21,9 +22,13 @@ def method(
     permuted: str | None = None,
     sequential: bool = False,
     options: dict[str, Any] | None = None,
+    choice: Choice | None = None,
     **surrogate: Any,
 ) -> dict[str, Any]:
-    """Options of a run; ``surrogate`` are those of `Surrogate`."""
+    """Options of a run; ``surrogate`` are those of `Surrogate`.
+
+    What is left to a choice is chosen by the loss on a quarter of the windows, held out.
+    """
     return {
         "solver": solver,
         "solver_options": options or {},
@@ -31,12 +36,15 @@ def method(
         "allocation": Allocation() if allocated else None,
         "permute": permuted,
         "grams": "sequential" if sequential else "pruned",
+        "choice": choice,
+        "held_out": None if choice is None else 0.25,
     }
 
 
 SQUARES: Update = "least_squares"
 HALF: dict[str, Any] = {"shrink": 0.5}
 INVERSE: dict[str, Any] = {"shrink": 0.5, "tokens": "inverse_norm"}
+SHRINKS = ("shrink", (0.0, 0.25, 0.5, 0.75))
 STREAM: dict[str, Any] = {"sequential": True, "dense_targets": 0.5, "stream": True}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,6 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "swap, shrink 0.5, fisher": method("swap", tokens="fisher", **HALF),
     "swap, shrink 0.5, fisher, 8 groups": method("swap", tokens="fisher", row_groups=8, **HALF),
     "swap, shrink 0.5, inverse norm": method("swap", **INVERSE),
+    "swap, shrink by held-out loss, per layer": method("swap", choice=Choice(*SHRINKS)),
+    "swap, shrink by held-out loss, per model": method("swap", choice=Choice(*SHRINKS, "model")),
     "swap, shrink 0.5, allocated": method("swap", allocated=True, **HALF),
     "swap, shrink 0.5, inverse norm, allocated": method("swap", allocated=True, **INVERSE),
     "wanda, permuted": method("wanda", permuted="neurons"),

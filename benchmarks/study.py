@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,14 @@ def run(
         model, None, windows, pattern, samples=len(windows.tokens), seqlen=WINDOW, **method
     )
     seconds = time.perf_counter() - began
+    found = {}
+    if method["choice"] is not None:
+        of_model = report.settings["choice"].get("value")
+        found["chosen"] = statistics.fmean(
+            of_model if layer.choice is None else layer.choice["value"] for layer in report.layers
+        )
     return {
+        **found,
         "loss": report.loss,
         "updated_loss": report.updated_loss,
         "of_wanda": report.updated_loss / report.loss_reference,
