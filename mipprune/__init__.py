@@ -27,6 +27,7 @@ from .permute import apply_order
 from .prune import layer_problem, prune
 from .record import LayerResult, PruneReport
 from .rules import Rules
+from .settings import Settings
 from .structured import Latency, Method, ShrinkReport, Shrunk, shrink
 from .surrogate import Surrogate
 
@@ -44,6 +45,7 @@ __all__ = [
     "Perplexity",
     "PruneReport",
     "Rules",
+    "Settings",
     "ShrinkReport",
     "Shrunk",
     "SideBySide",
