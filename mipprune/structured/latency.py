@@ -247,17 +247,8 @@ def _spread(counts: Sequence[int]) -> tuple[int, ...]:
 
 
 def _monotone(values: Any) -> tuple[float, ...]:
-    """The nearest sequence that never falls, by least squares; from zero, and not below.
+    """The nearest sequence that never falls, by least squares; from zero, and not below."""
+    from scipy.optimize import isotonic_regression
 
-    ``max_{i <= k} min_{j >= k} mean(v_i .. v_j)``, the min-max formula of isotonic regression.
-    """
-    summed = np.concatenate([[0.0], np.cumsum(values)])
-    places = range(len(values))
-    fitted = [
-        max(
-            min((summed[j + 1] - summed[i]) / (j + 1 - i) for j in places[k:])
-            for i in places[: k + 1]
-        )
-        for k in places
-    ]
+    fitted = isotonic_regression(values).x
     return (0.0, *(max(float(one), 0.0) for one in fitted[1:]))
