@@ -13,7 +13,9 @@ from solvers import InvalidInput
 from solvers.files import replaced_on_success
 
 from .checkpoint import MASKS_FILE, ORDER_FILE, RECORD_FILE, TIMINGS_FILE, write_json
+from .layer_step import LayerStep
 from .rules import Rules
+from .surrogate import Surrogate
 
 if TYPE_CHECKING:
     from .calibration import Windows
@@ -253,7 +255,7 @@ def model_card(record: dict[str, Any]) -> str:
         f"({pattern_text(record)}; {share:.0%} of the blocks' weights are in such layers). "
         f"The masks were chosen by mipprune with the solver `{settings['solver']}`{start} on "
         f"{record['calibration']['windows']} windows of {record['calibration']['length']} tokens "
-        f"of {record['calibration']['source']}.",
+        f"of {record['calibration']['source']}.{_method_text(settings)}",
         _order_text(record),
         _evaluation_table(record.get("evaluations", [])),
         "## Layers",
@@ -272,6 +274,37 @@ def model_card(record: dict[str, Any]) -> str:
         f"Hash of the masks: `{record['mask_hash']}`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_UPDATES = {
+    "gain": "kept weights were scaled, row by row, so that outputs keep their size",
+    "least_squares": "kept weights were fitted anew by least squares",
+    "sparsegpt": "kept weights were corrected as SparseGPT does",
+}
+
+
+def _method_text(settings: dict[str, Any]) -> str:
+    """What else was done than to choose masks by the plain layer loss, in a sentence."""
+    said = []
+    if settings.get("allocation"):
+        method = settings["allocation"]["method"]
+        said.append(f"the sparsity was shared out among the layers ({method})")
+    if "layer_step" in settings:
+        step, plain = LayerStep.from_dict(settings["layer_step"]), asdict(Surrogate())
+        differing = [
+            f"{name} {value}"
+            for name, value in asdict(step.surrogate).items()
+            if value != plain[name]
+        ]
+        if differing:
+            said.append(f"layers were judged with {', '.join(differing)}")
+        if step.update in _UPDATES:
+            said.append(_UPDATES[step.update])
+        if step.bias != "none":
+            said.append("biases make up for the mean of what was removed")
+    if settings.get("grams", "pruned") != "pruned":
+        said.append(f"inputs were {settings['grams']}")
+    return f" Besides, {'; '.join(said)}." if said else ""
 
 
 def _order_text(record: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import torch
 from models import tiny_model, tiny_tokens
 
 import mipprune
-from mipprune import Rules, Windows
+from mipprune import Allocation, LayerStep, Rules, Surrogate, Windows
 from mipprune.evaluate import perplexity, side_by_side
 from mipprune.html_report import html_report
 from mipprune.results import (
@@ -165,6 +165,14 @@ def test_the_card_has_the_tables(record):
     named = copy.deepcopy(record)
     named["settings"]["model"] = "owner/model-1B"
     assert "base_model: owner/model-1B\n" in model_card(named)
+    assert "Besides" not in card
+    step = LayerStep(Surrogate(shrink=0.5, tokens="inverse_norm"), "least_squares")
+    settings = {"layer_step": step.to_dict(), "allocation": Allocation("owl").to_dict()}
+    other = {**record, "settings": {**record["settings"], **settings}}
+    assert (
+        " Besides, the sparsity was shared out among the layers (owl); layers were judged with "
+        "shrink 0.5, tokens inverse_norm; kept weights were fitted anew by least squares."
+    ) in model_card(other)
 
 
 def test_an_evaluation_replaces_an_earlier_one_of_its_kind(tmp_path, embedded):
