@@ -17,7 +17,7 @@ test: .venv/installed
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n auto --dist loadfile $(addprefix tests/test_mipprune/test_, \
 		models.py capture.py experts.py gram.py placement.py prune.py job.py checkpoint.py masks.py \
-		evaluate.py fuzz.py)
+		evaluate.py fuzz.py sequential.py token_weights.py permute.py structured.py latency.py)
 
 # The part of it that says whether every family is captured and pruned.
 test-oldest-families: .venv-oldest/installed

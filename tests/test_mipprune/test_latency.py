@@ -100,7 +100,8 @@ def test_a_model_whose_blocks_visit_the_device(clock):
         ("llama", {"latency": Latency(0.9, 65)}, "give --latency-tokens 64 or less"),
         ("llama", {"latency": Latency(0.9, 8), "parameters": 0.5}, "Give one of these"),
         ("llama", {"latency": Latency(0.9, 8), "neurons": 0.5}, "Give one of these"),
-        ("olmoe", {"latency": Latency(0.9, 8)}, "of type olmoe does not run with fewer KV groups"),
+        # transformers 4.57 and 5 build the smaller configuration differently
+        ("olmoe", {"latency": Latency(0.9, 8)}, "of type olmoe (does not run|cannot be removed)"),
         ("bloom", {"latency": Latency(0.9, 8)}, "type bloom has no number of MLP neurons"),
     ],
 )
