@@ -42,11 +42,11 @@ BEST = Method(
     solver="alps",
     update="least_squares",
     reason="Chosen by default: masks by ALPS, then least squares for the weights that are kept. Of "
-    "the methods compared by benchmarks/study.py, none had a lower perplexity by more than the "
-    "error, per row and at 2:4. (--grams sequential --targets stream:0.5 kept the predictions "
-    "nearer to the dense model's, at no better perplexity, and takes several times as long.) With "
-    "--solver, --option, --start, --update, --shrink, --centre or --tokens, what they say is done "
-    "(the solver is swap), and weights that are kept stay as they are.",
+    "the methods compared by benchmarks/study.py on the embedded GPT, none had a lower perplexity "
+    "by more than the error, per row and at 2:4. (--grams sequential --targets stream:0.5 kept the "
+    "predictions nearer to the dense model's, at about that perplexity, and takes several times as "
+    "long.) With --solver, --option, --start, --update, --shrink, --centre or --tokens, what they "
+    "say is done (the solver is swap), and weights that are kept stay as they are.",
 )
 """Where none is: by ``benchmarks/results/study.json``, the least perplexity, within its error."""
 
