@@ -79,6 +79,10 @@ def ranks_of_environment(device: torch.device) -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    # Its functions have the group of the time of import for a default. Imported later on (with a
+    # model's code), they would hold it, and with it its threads, beyond its end.
+    import torch.distributed.nn.functional
+
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend)
     try:
