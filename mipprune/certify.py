@@ -173,7 +173,7 @@ def certify(
         targets=run_step.surrogate.targets,
     )
     walk.token_weights = token_weights(
-        run_step.surrogate, placement, walk, list(recorded), observer
+        run_step.surrogate, placement, lambda: walk, list(recorded), observer
     )
     done: Counter[int] = Counter()  # by block
     for step in walk:

@@ -2,9 +2,10 @@
 
 The file is a sequence of records ``magic, length, SHA-256, payload``, each on disk before the run
 goes on. The first holds what decides the masks (settings, calibration tokens, versions); there
-may be one with the order of inputs and one with the sparsity allocated to layers; every other one
-holds a finished layer: its result, its mask, and the hash of the dense weight it is for. A
-record that a crash cut short fails its checksum; it and what follows it are dropped.
+may be one with the order of inputs, one with the sparsity allocated to layers, and one with the
+value chosen for all; every other one holds a finished layer: its result, its mask, and the hash of
+the dense weight it is for. A record that a crash cut short fails its checksum; it and what
+follows it are dropped.
 """
 
 from __future__ import annotations

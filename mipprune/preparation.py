@@ -105,7 +105,7 @@ def prepare(
     weights, surrogate = None, settings.layer_step.surrogate
     if surrogate.tokens != "equal":
         names = [layer.name for layer in settings.layers(placement)]
-        weights = token_weights(surrogate, placement, capture(windows), names, observer)
+        weights = token_weights(surrogate, placement, lambda: capture(windows), names, observer)
     if settings.allocation is not None:
         rules = finished.rules
         if rules is None:

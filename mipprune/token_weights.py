@@ -103,7 +103,7 @@ def check_token_weights(
 def token_weights(
     surrogate: Surrogate,
     placement: Placement,
-    walk: BlockWalk,
+    walk: Callable[[], BlockWalk],
     layers: Collection[str],
     observer: Observer | None = None,
 ) -> TokenWeights | None:
@@ -116,7 +116,8 @@ def token_weights(
     placement
         The model, still dense.
     walk
-        Over the calibration windows, not begun yet.
+        Makes or gives a walk over the calibration windows, not begun yet; asked only by weights
+        that need one.
     layers
         Names of those that are pruned.
     observer
@@ -132,7 +133,7 @@ def token_weights(
         return None
     if surrogate.tokens == "inverse_norm":
         return InverseNorm(layers)
-    return fisher(placement, walk, layers, surrogate.row_groups, observer)
+    return fisher(placement, walk(), layers, surrogate.row_groups, observer)
 
 
 def fisher(
@@ -142,7 +143,7 @@ def fisher(
     row_groups: int = 1,
     observer: Observer | None = None,
 ) -> Fisher:
-    """Fisher weights by one backward pass; parameters as of `token_weights`.
+    """Fisher weights by one backward pass; `walk` is the walk itself, others as above.
 
     The loss is that of the windows' own next tokens, in nats and summed, so that a token's weight
     does not depend on what else is in its batch.
