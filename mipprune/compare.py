@@ -24,8 +24,8 @@ from solvers import (
     get_solver,
     solve,
 )
+from solvers.clock import Clock
 from solvers.saliency import Saliency
-from solvers.solver import Clock
 
 from .environment import environment
 

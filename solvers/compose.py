@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .clock import Clock
 from .errors import InvalidInput
 from .frank_wolfe import FrankWolfe, relaxed_mask
 from .pattern import NM, CellPattern, PerLayer, PerRow
 from .problem import MaskProblem
 from .registry import DEFAULT_START, get_solver, register
 from .solution import MaskSolution, Status, TracePoint
-from .solver import Clock, Outcome, Search, Solver
+from .solver import Outcome, Search, Solver
 from .swap import Swap
 
 Member = str | Sequence[Any]
@@ -221,9 +222,10 @@ def _run(solver: Solver, search: Search, start: Tensor | None, clock: Clock) -> 
     """A member's answer, in the clock's time."""
     problem, seed = search.problem, search.seed
     if start is None and solver.needs_start:
-        start = get_solver(DEFAULT_START).solve(problem, seed=seed).mask
-    left = None if clock.remaining == float("inf") else max(1e-3, clock.remaining)
-    return solver.solve(problem, start=start, time_limit=left, seed=seed, callback=search.callback)
+        start = get_solver(DEFAULT_START).solve(problem, time_limit=clock.limit, seed=seed).mask
+    return solver.solve(
+        problem, start=start, time_limit=clock.limit, seed=seed, callback=search.callback
+    )
 
 
 def _capped(trace: list[TracePoint], value: float) -> float:

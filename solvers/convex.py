@@ -19,13 +19,14 @@ from scipy.linalg import null_space
 from scipy.sparse import csr_array, diags_array, vstack
 from torch import Tensor
 
+from .clock import Clock
 from .errors import InvalidInput
 from .pattern import Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
 from .solution import Status, shared_out
-from .solver import Clock, Outcome, Progress, Search, Solver
+from .solver import Outcome, Progress, Search, Solver
 
 Floats = npt.NDArray[np.float64]
 

@@ -130,6 +130,14 @@ class MaskProblem:
         weight = self.weight.double()
         return ((weight @ self.gram.double()) * weight).sum(dim=1)
 
+    def scale(self) -> Tensor:
+        """``trace(Q_r) + sum |linear_r|``, float64 ``[rows]``: what a row's numbers are made of.
+
+        No objective can be computed more accurately than to some units of rounding of it.
+        """
+        scale = self.weight.double().square() @ self.gram.diagonal().double()
+        return scale if self.linear is None else scale + self.linear.abs().sum(dim=1)
+
     def quadratic_form(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """``Q`` and ``l`` of the summed loss ``x^T Q x + l^T x`` over all weights, row after row.
 

@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .clock import Clock
 from .errors import InvalidInput
 from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
 from .saliency import Wanda
 from .solution import Status, TracePoint, shared_out
-from .solver import Clock, Outcome, Progress, Search, Solver
+from .solver import Outcome, Progress, Search, Solver
 from .swap import Swap
 
 if TYPE_CHECKING:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -14,42 +12,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .certificate import Certificate
+from .clock import Clock
 from .errors import InvalidInput
 from .pattern import Pattern
 from .problem import MaskProblem
 from .solution import MaskSolution, Status, TracePoint
-
-
-class Clock:
-    """Seconds since a search began, and whether its time is up."""
-
-    def __init__(self, time_limit: float | None = None) -> None:
-        if time_limit is not None and not time_limit > 0:
-            raise InvalidInput(f"Time limit {time_limit} s leaves no time; give a positive number.")
-        self._began = time.perf_counter()
-        self._limit = time_limit
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._began
-
-    @property
-    def remaining(self) -> float:
-        """Seconds left, 0 at least; infinite without a limit."""
-        return math.inf if self._limit is None else max(0.0, self._limit - self.seconds)
-
-    def part(self, share: float) -> Clock:
-        """A clock that starts now and has a share of the time left."""
-        part = Clock()
-        if self._limit is not None:
-            part._limit = share * self.remaining
-        return part
-
-    @property
-    def expired(self) -> bool:
-        """Whether the limit has passed."""
-        return self._limit is not None and self.seconds >= self._limit
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..errors import InvalidInput
 from ..pattern import CellPattern, Pattern
 from ..problem import MaskProblem
@@ -21,7 +21,7 @@ from ..semidefinite.program import BinaryProgram, independent_parts
 from ..semidefinite.solver import Incumbent
 from ..semidefinite.witness import ConvexForm
 from ..solution import Status, TracePoint, shared_out
-from ..solver import Clock, Outcome, Progress, Search, Solver
+from ..solver import Outcome, Progress, Search, Solver
 from ..swap import Swap
 from .branching import BRANCHINGS, Branching
 from .hull import solve_over_hull
@@ -166,7 +166,7 @@ class BranchAndBound(Solver):
             rel_gap=self.rel_gap,
             hull=self.hull,
             max_nodes=self.max_nodes,
-            time_limit=None if math.isinf(clock.remaining) else max(clock.remaining, 1e-3),
+            time_limit=clock.limit,
         )
         bound = shared_out(solution.bound * unit, problem.objective(mask))
         return Outcome(

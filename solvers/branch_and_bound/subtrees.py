@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..clock import Clock
 from ..semidefinite.ascent import Bounded, Effort, ascend
 from ..semidefinite.cuts import Array
 from ..semidefinite.program import BinaryProgram
 from ..semidefinite.witness import ConvexForm
-from ..solver import Clock
 from .state import FREE, ONE
 from .tree import Tree, TreeLimits, TreeResult
 

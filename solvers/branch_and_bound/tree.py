@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from ..clock import Clock
 from ..semidefinite.cuts import Array
 from ..semidefinite.program import BinaryProgram
 from ..semidefinite.witness import ConvexForm
-from ..solver import Clock
 from .branching import Brancher, Branching
 from .state import FREE, ONE, ZERO
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..pattern import CellPattern
 from ..problem import MaskProblem
 from ..saliency import Wanda
 from ..solution import Status, TracePoint, shared_out
-from ..solver import Callback, Clock, Outcome, Progress
+from ..solver import Callback, Outcome, Progress
 from ..swap.rows import ScaledRows
 from .batch import Batch, Product
 from .doubt import doubt_of

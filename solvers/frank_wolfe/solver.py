@@ -19,11 +19,12 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..clock import Clock
 from ..errors import InvalidInput
 from ..pattern import CellPattern, Pattern
 from ..problem import MaskProblem
 from ..registry import register
-from ..solver import Clock, Outcome, Search, Solver
+from ..solver import Outcome, Search, Solver
 from .batch import DTYPES
 from .run import Run
 from .steps import STEPS

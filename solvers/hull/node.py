@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..solver import Clock
+from ..clock import Clock
 from .active_set import ActiveSet, inside
 from .domain import Floats
 from .incumbent import Incumbent

@@ -18,9 +18,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..clock import Clock
 from ..errors import InvalidInput
 from ..solution import Status, TracePoint
-from ..solver import Clock
 from .active_set import ActiveSet
 from .branching import RULES, Chooser, Rule, chooser
 from .domain import Domain, Floats, checked_bounds

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..errors import InvalidInput
 from ..pattern import NM, PerLayer, PerRow
 from ..registry import get_solver, register
 from ..solution import Status
-from ..solver import Callback, Clock, Outcome, Progress, Search, Solver
+from ..solver import Callback, Outcome, Progress, Search, Solver
 from ..update import LeastSquares, updated_loss
 
 _CHUNK = 1 << 24
@@ -77,9 +78,8 @@ class Joint(Solver):
     def _search(self, search: Search) -> Outcome:
         problem, start, clock = search.problem, search.start, search.clock
         if start is None:
-            left = None if math.isinf(clock.remaining) else max(1e-3, clock.remaining)
             initial = get_solver(self.initial)
-            start = initial.solve(problem, time_limit=left, seed=search.seed).mask
+            start = initial.solve(problem, time_limit=clock.limit, seed=search.seed).mask
         neighbourhood = problem.pattern.neighbourhood(problem.shape)
         assert neighbourhood is not None
         weight, gram = problem.weight.double().cpu(), problem.gram.double().cpu()

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..problem import MaskProblem
-from ..solver import Clock
 from .ascent import THREADS_PAY_FROM, Bounded, Effort, strengthen
 from .program import BinaryProgram
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..certificate import Certificate
+from ..clock import Clock
 from ..errors import InvalidInput
 from ..pattern import CellPattern
 from ..problem import MaskProblem
 from ..registry import register
 from ..solution import MaskSolution, Status, TracePoint, shared_out
-from ..solver import Callback, Clock, Outcome, Progress, Search, Solver
+from ..solver import Callback, Outcome, Progress, Search, Solver
 from ..swap import Swap
 from .ascent import Bounded, Effort, ascend, strengthen
 from .cuts import Array

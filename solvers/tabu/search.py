@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..errors import InvalidInput
 from ..pattern import NM, PerLayer, PerRow
 from ..problem import MaskProblem
 from ..registry import register
 from ..solution import Status, TracePoint
-from ..solver import Callback, Clock, Outcome, Progress, Search, Solver
+from ..solver import Callback, Outcome, Progress, Search, Solver
 from ..swap import Swap
 from ..swap.rows import ScaledRows
 
@@ -72,17 +73,17 @@ class Tabu(Solver):
     def _search(self, search: Search) -> Outcome:
         problem, start, clock = search.problem, search.start, search.clock
         assert start is not None
-        if self.iterations is None and clock.remaining == float("inf"):
+        if self.iterations is None and clock.limit is None:
             raise InvalidInput("iterations=None needs a time limit; give one of the two.")
         trace = [TracePoint(clock.seconds, float(search.start_objective.sum()))]
-        first = Swap().solve(problem, start=start, time_limit=_left(clock))
+        first = Swap().solve(problem, start=start, time_limit=clock.limit)
         trace.append(TracePoint(clock.seconds, float(first.objective.sum())))
         rows = _Rows(self, problem.to("cpu"), first.mask.cpu(), search.seed)
         loss = rows.search(clock, search.callback)
         for time, value in loss:  # summed otherwise than by the problem, so equal but for rounding
             trace.append(TracePoint(time, min(value, trace[-1].objective)))
         mask = rows.best(problem.device)
-        last = None if clock.expired else Swap().solve(problem, start=mask, time_limit=_left(clock))
+        last = None if clock.expired else Swap().solve(problem, start=mask, time_limit=clock.limit)
         if last is not None:
             mask = last.mask
             value = float(last.objective.sum())
@@ -171,8 +172,3 @@ class _Rows:
             options.stall,
             iterations,
         )
-
-
-def _left(clock: Clock) -> float | None:
-    """Time limit for a part of the search."""
-    return None if clock.remaining == float("inf") else max(1e-3, clock.remaining)

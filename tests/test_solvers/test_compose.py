@@ -3,8 +3,8 @@ import torch
 from helpers import make_problem, optimum, random_mask
 
 from solvers import NM, InvalidInput, PerLayer, PerRow, Status, solve
+from solvers.clock import Clock
 from solvers.frank_wolfe import FrankWolfe, relaxed_mask
-from solvers.solver import Clock
 
 PATTERNS = [PerRow(sparsity=0.6), NM(keep=2, group=4), PerLayer(sparsity=0.6)]
 

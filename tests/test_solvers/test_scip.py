@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, Linear, MaskProblem, PerLayer, PerRow, Status, solve
+from solvers.clock import Clock
 from solvers.scip import Scip, _factor, _Program
 from solvers.solution import shared_out
-from solvers.solver import Clock
 
 PATTERNS = [PerRow(sparsity=0.6), PerRow(keep=0), PerRow(keep=8), NM(keep=2, group=4)]
 

@@ -1,0 +1,61 @@
+"""How much time a search has left."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from .errors import InvalidInput
+
+
+class Clock:
+    """Seconds since a search began, and whether its time is up.
+
+    Parameters
+    ----------
+    time_limit
+        Seconds; None or infinity for no limit.
+
+    Raises
+    ------
+    InvalidInput
+        If the limit is not a positive number.
+    """
+
+    def __init__(self, time_limit: float | None = None) -> None:
+        if time_limit is not None:
+            if isinstance(time_limit, (bool, str)) or not hasattr(time_limit, "__float__"):
+                raise InvalidInput(f"time_limit={time_limit!r} is no number; give seconds.")
+            time_limit = float(time_limit)
+            if not time_limit > 0:
+                raise InvalidInput(
+                    f"Time limit {time_limit} s leaves no time; give a positive number."
+                )
+        self._began = time.perf_counter()
+        self._limit = math.inf if time_limit is None else time_limit
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, 0 at least; infinite without a limit."""
+        return max(0.0, self._limit - self.seconds)
+
+    @property
+    def limit(self) -> float | None:
+        """What is left as the ``time_limit`` of another solver; None without a limit."""
+        return None if math.isinf(self._limit) else max(1e-3, self.remaining)
+
+    @property
+    def expired(self) -> bool:
+        """Whether the limit has passed."""
+        return self.seconds >= self._limit
+
+    def part(self, share: float, most: float = math.inf) -> Clock:
+        """A clock that starts now and has a share of the time left, ``most`` seconds at most."""
+        part = Clock()
+        part._limit = min(share * self.remaining, most)
+        return part
