@@ -26,6 +26,7 @@ from torch import Tensor
 
 from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, solve
 from solvers.certificate import Verified, check, load_certificates, save_certificates
+from solvers.clock import Clock
 from solvers.semidefinite.layer import fitted_price
 
 from .calibration import Windows, calibration_windows
@@ -367,7 +368,7 @@ def _certify_rows(
     if problem.pattern.coupled:
         others = sorted(set(range(len(mask))) - set(chosen)) or chosen
         pilot = [others[at] for at in _sample(len(others), _PILOT, (seed, len(others)))]
-        price = fitted_price(problem, mask, pilot, len(pilot) * row_seconds / 2)
+        price = fitted_price(problem, mask, pilot, Clock(len(pilot) * row_seconds / 2))
     solution = solve(
         part,
         "semidefinite",

@@ -7,7 +7,6 @@ that any of the solvers gave, and a heuristic without a bound of its own still g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -34,9 +33,6 @@ Observer: TypeAlias = Callable[[str, Progress], None]
 
 _REFUTED = 1e-6
 """A bound this far above a mask's loss, relatively, is no rounding error but wrong."""
-
-_WARM_UP_SECONDS = 5.0
-_WARM_UP_INPUTS = range(8, 65)
 
 
 @dataclass(frozen=True)
@@ -164,8 +160,7 @@ def compare(
 ) -> Comparison:
     """Run several solvers on one problem, one after another.
 
-    Every solver first solves a tiny problem, so that imports and just-in-time compilation are
-    not part of its time.
+    Imports and just-in-time compilation are not part of a solver's time.
 
     Parameters
     ----------
@@ -206,7 +201,7 @@ def compare(
             continue
         if observer is not None:
             observer(name, Progress(0, problem.shape[0], 0.0))
-        _warm_up(name, problem)
+        solver.prepare(problem.device)
         try:
             solutions[name] = solve(
                 problem,
@@ -279,19 +274,3 @@ def _check_any_left(chosen: dict[str, Solver], refused: dict[str, str]) -> None:
 
 def _told(observer: Observer, name: str) -> Callable[[Progress], None]:
     return lambda progress: observer(name, progress)
-
-
-def _warm_up(name: str, problem: MaskProblem) -> None:
-    """Solve a tiny problem of the same kind, if the pattern and the solver allow one."""
-    random = torch.Generator().manual_seed(0)
-    for inputs in _WARM_UP_INPUTS:
-        with suppress(InvalidInput):
-            x = torch.randn(inputs, 4 * inputs, generator=random)
-            tiny = MaskProblem(
-                torch.randn(2, inputs, generator=random).to(problem.weight),
-                (x @ x.T).to(problem.gram),
-                problem.pattern,
-                None if problem.linear is None else torch.zeros(2, inputs),
-            )
-            solve(tiny, name, time_limit=_WARM_UP_SECONDS)
-            return

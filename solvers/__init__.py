@@ -10,7 +10,7 @@ from .branch_and_bound import BranchAndBound
 from .compose import BestOf, Chain, Restarts
 from .convex import Cvxpy
 from .dsnot import DSnoT
-from .errors import InvalidInput
+from .errors import InvalidInput, NoMask
 from .frank_wolfe import FrankWolfe
 from .hull import Domain, HullSolution, minimize
 from .input_order import InputOrder, order_inputs, saliency_lost
@@ -32,7 +32,7 @@ from .registry import SolverInfo, available, get_solver, register, solve
 from .saliency import RIA, Magnitude, Wanda
 from .scip import Scip
 from .semidefinite import Semidefinite
-from .solution import MaskSolution, Status, TracePoint
+from .solution import Evidence, MaskSolution, Status, TracePoint
 from .solver import Outcome, Progress, Solver
 from .sparsegpt import SparseGPT, SparseGPTUpdate
 from .swap import Swap
@@ -54,6 +54,7 @@ __all__ = [
     "Cvxpy",
     "DSnoT",
     "Domain",
+    "Evidence",
     "FrankWolfe",
     "HullSolution",
     "InputOrder",
@@ -65,6 +66,7 @@ __all__ = [
     "MaskProblem",
     "MaskSolution",
     "Neighbourhood",
+    "NoMask",
     "Outcome",
     "Pattern",
     "PerLayer",

@@ -47,7 +47,7 @@ class Clock:
     @property
     def limit(self) -> float | None:
         """What is left as the ``time_limit`` of another solver; None without a limit."""
-        return None if math.isinf(self._limit) else max(1e-3, self.remaining)
+        return None if math.isinf(self._limit) else max(1e-9, self.remaining)
 
     @property
     def expired(self) -> bool:

@@ -52,6 +52,10 @@ class Chain(Solver):
     def __post_init__(self) -> None:
         _members(self.stages)
 
+    def prepare(self, device: torch.device) -> None:
+        for solver in _members(self.stages):
+            solver.prepare(device)
+
     def _search(self, search: Search) -> Outcome:
         clock = search.clock
         mask, trace, stats = search.start, list[TracePoint](), []
@@ -97,6 +101,10 @@ class BestOf(Solver):
 
     def __post_init__(self) -> None:
         _members(self.members)
+
+    def prepare(self, device: torch.device) -> None:
+        for solver in _members(self.members):
+            solver.prepare(device)
 
     def _search(self, search: Search) -> Outcome:
         problem, clock = search.problem, search.clock
@@ -154,6 +162,9 @@ class Restarts(Solver):
             raise InvalidInput(f"restarts={self.restarts} runs nothing; give at least 1.")
         if not self.noise >= 0:
             raise InvalidInput(f"noise={self.noise} is negative; give 0 or more.")
+
+    def prepare(self, device: torch.device) -> None:
+        Swap().prepare(device)
 
     def _search(self, search: Search) -> Outcome:
         problem, clock = search.problem, search.clock

@@ -21,20 +21,22 @@ from torch import Tensor
 
 from .clock import Clock
 from .errors import InvalidInput
-from .pattern import Constraints, Pattern
+from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
-from .saliency import Wanda
-from .solution import Status, shared_out
-from .solver import Outcome, Progress, Search, Solver
+from .rounding import gamma, proves_semidefinite
+from .solution import Evidence, Status
+from .solver import Outcome, Search, Solver
+from .standing import Standing
+from .swap import Swap
 
 Floats = npt.NDArray[np.float64]
 
-_ROUNDING = 1e-10
-"""Taken off a bound for rounding errors, as a share of the numbers that are added up in it."""
-
 _SOLVER = {"qp": "CLARABEL", "sdp": "SCS"}
 """Conic solvers that answer alike every time; only SCS is fast on dense semidefinite programs."""
+
+_WIDEST = {False: 500, True: 200}
+"""Inputs that "sdp" takes, without and with cuts: beyond, CVXPY alone needs minutes."""
 
 _SETTINGS: dict[str, dict[str, Any]] = {"SCS": {"eps_abs": 1e-6, "eps_rel": 1e-6}}
 
@@ -73,12 +75,11 @@ class Cvxpy(Solver):
     Notes
     -----
     The time left is divided evenly over the programs that remain: one per row, or one for rows
-    that share a budget. A program without an answer leaves the start, or Wanda's mask.
+    that share a budget; a program that cannot be expected to end in it is not begun. No answer is
+    worse than rounded Frank-Wolfe's, with swaps, nor a bound than that of the plain relaxation.
 
     The bound is the least value, over the pattern, of a linear function that lies below the
-    loss; it is computed in float64, less 1e-10 of the numbers in it. Of rows that share a
-    budget only the *sum* of the bounds is one: the gap is shared out in proportion to their
-    losses.
+    loss, less what rounding may have changed. For `Linear` the least value is HiGHS's claim.
 
     ``stats``: ``program_status``, what CVXPY said about each program.
     """
@@ -99,34 +100,46 @@ class Cvxpy(Solver):
         if self.cuts and self.relaxation == "qp":
             raise InvalidInput("cuts belong to relaxation 'sdp'; 'qp' has no matrix Y.")
 
+    def prepare(self, device: torch.device) -> None:
+        import cvxpy as cp
+
+        Swap().prepare(device)
+        cp.installed_solvers()
+
+    def refuse(self, problem: MaskProblem) -> str | None:
+        d = problem.shape[1]
+        if self.relaxation == "sdp" and d > _WIDEST[self.cuts]:
+            return (
+                f"Solver 'cvxpy' takes at most {_WIDEST[self.cuts]} inputs in relaxation 'sdp'"
+                f"{' with cuts' * self.cuts}, not {d}: its program would have {d * d} entries; "
+                "take the solver 'semidefinite'."
+            )
+        return None
+
     def _search(self, search: Search) -> Outcome:
-        problem, start, clock = search.problem, search.start, search.clock
+        problem, clock = search.problem, search.clock
         self._check(problem)
-        rows, d = problem.shape
-        step = rows if problem.pattern.coupled else 1
-        on_cpu = problem.to("cpu")
-        mask = on_cpu.pattern.round(Wanda().score(on_cpu)) if start is None else start.cpu().clone()
-        bound = torch.empty(rows, dtype=torch.float64)
-        polytope = _Polytope.of(problem.pattern.constraints((step, d)))
+        standing = Standing(search)
+        units, on_cpu = standing.units, problem.to("cpu")
+        polytope = _Polytope.of(problem.pattern.constraints((len(units[0]), problem.shape[1])))
+        cells = isinstance(problem.pattern, CellPattern)
+        evidence = Evidence.GUARDED if cells else Evidence.CLAIMED
         statuses = []
-        for at in range(0, rows, step):
-            chosen = slice(at, at + step)
-            part = on_cpu.rows(chosen)
-            share = clock.part(step / (rows - at))
-            status, relaxed, total = self._relax(part, polytope, mask[chosen], share)
-            rounded = part.pattern.round(1 - relaxed)
-            if start is None or _total(part, rounded) < _total(part, mask[chosen]):
-                mask[chosen] = rounded
-            bound[chosen] = shared_out(total, part.objective(mask[chosen]))
+        longest = 0.0
+        for unit, rows in enumerate(units):
+            share = clock.part(1 / (len(units) - unit))
+            if clock.remaining <= longest:  # about what the next one takes, whatever its limit
+                statuses.append("user_limit")
+                continue
+            part, mask = on_cpu.rows(rows), standing.mask[rows].cpu()
+            status, relaxed, total = self._relax(part, polytope, mask, share)
             statuses.append(status)
-            if search.callback is not None:
-                search.callback(Progress(at + step, rows, clock.seconds))
-        return Outcome(
-            mask=mask.to(problem.device),
-            status=Status.TIME_LIMIT if "user_limit" in statuses else Status.FEASIBLE,
-            bound=bound.to(problem.device),
-            stats={"program_status": statuses},
-        )
+            longest = max(longest, share.seconds)
+            standing.offer(rows, part.pattern.round(1 - relaxed).to(problem.device))
+            standing.raise_bound(unit, total, evidence)
+            standing.note(rows[-1] + 1)
+        limited = Status.TIME_LIMIT if "user_limit" in statuses else Status.FEASIBLE
+        return standing.outcome(limited, {"program_status": statuses})
 
     def _check(self, problem: MaskProblem) -> None:
         """Refuse what is known before any program is solved."""
@@ -217,8 +230,12 @@ class _Minorant:
         inner = self.matrix if basis is None else basis.T @ self.matrix @ basis
         if len(inner) == 0:
             return self
-        slack = len(inner) * np.finfo(np.float64).eps * float(np.linalg.norm(self.matrix))
-        shift = max(0.0, slack - float(np.linalg.eigvalsh(inner)[0]))
+        # What restricting to an orthonormal basis may have changed.
+        error = 16 * gamma(len(self.matrix) + 8) * float(np.linalg.norm(self.matrix))
+        shift = max(0.0, error - float(np.linalg.eigvalsh(inner)[0]))
+        eye = np.eye(len(inner))
+        while not proves_semidefinite(torch.from_numpy(inner + shift * eye), error):
+            shift = 2 * shift + error
         return replace(
             self,
             matrix=self.matrix + shift * np.eye(len(self.matrix)),
@@ -229,6 +246,12 @@ class _Minorant:
         """Gradient and constant of the linear function that touches it at ``x``."""
         product = self.matrix @ x
         return 2 * product + self.linear, self.constant - float(x @ product)
+
+    @property
+    def magnitude(self) -> float:
+        """No partial sum of a value, or of a tangent's, exceeds a few times this."""
+        total = np.abs(self.matrix).sum() + np.abs(self.linear).sum() + abs(self.constant)
+        return float(total)
 
 
 @dataclass(frozen=True)
@@ -385,18 +408,16 @@ def _bound(
     pruned
         The point, ``[rows * d]``: any will do, a minimiser does best.
     """
-    # Where rows are coupled, the equations say nothing about one row alone.
-    basis = polytope.basis if len(minorants) == 1 else None
+    # Where rows are coupled, the equations say nothing about one row alone; and only those of
+    # cells are surely well-conditioned.
+    cells = isinstance(problem.pattern, CellPattern)
+    basis = polytope.basis if cells and len(minorants) == 1 else None
     points = polytope.project(pruned).reshape(problem.shape)
-    pairs = [
-        minorant.convex(basis).tangent(x) for minorant, x in zip(minorants, points, strict=True)
-    ]
+    convex = [minorant.convex(basis) for minorant in minorants]
+    pairs = [minorant.tangent(x) for minorant, x in zip(convex, points, strict=True)]
     gradient = np.stack([gradient for gradient, _ in pairs])
     constant = sum(constant for _, constant in pairs)
     vertex = problem.pattern.lmo(torch.from_numpy(-gradient)).numpy()
-    size = float(np.abs(gradient).sum()) + abs(constant)
-    return float(gradient[~vertex].sum()) + constant - _ROUNDING * size
-
-
-def _total(problem: MaskProblem, mask: Tensor) -> float:
-    return float(problem.objective(mask).sum())
+    # Sums of some d products each, of rows scaled once, at points that are off by rounding.
+    rounding = 8 * gamma(problem.weight.numel() + 16) * sum(one.magnitude for one in convex)
+    return float(gradient[~vertex].sum()) + constant - rounding

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .clock import Clock
 from .errors import InvalidInput
 from .linear import Linear
 from .pattern import NM, Pattern, PerLayer, PerRow
@@ -124,7 +125,8 @@ def solve(
         Where to begin: a mask (bool ``[rows, d]``) or the name of another solver. None leaves it
         to the solver; one that needs a start then begins at `DEFAULT_START`.
     time_limit
-        Seconds for ``solver`` (a start given by name is solved before, without limit).
+        Seconds, for a start given by name and ``solver`` together. Imports and just-in-time
+        compilation do not count.
     seed
         Of whatever is drawn at random.
     callback
@@ -155,7 +157,15 @@ def solve(
     chosen = get_solver(solver, **options)
     if start is None and chosen.needs_start:
         start = DEFAULT_START
+    reason = chosen.unable(problem.pattern) or chosen.refuse(problem)
+    if reason is not None:
+        raise InvalidInput(reason)
+    chosen.prepare(problem.device)
     if isinstance(start, str):
-        start = get_solver(start).solve(problem, seed=seed).mask
+        starter = get_solver(start)
+        starter.prepare(problem.device)
+        clock = Clock(time_limit)
+        start = starter.solve(problem, time_limit=clock.limit, seed=seed).mask
+        time_limit = clock.limit
     mask = None if start is None else problem.as_mask(start)
     return chosen.solve(problem, start=mask, time_limit=time_limit, seed=seed, callback=callback)

@@ -7,7 +7,6 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,10 +19,10 @@ from .errors import InvalidInput
 from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
-from .saliency import Wanda
-from .solution import Status, TracePoint, shared_out
-from .solver import Outcome, Progress, Search, Solver
-from .swap import Swap
+from .semidefinite.solver import too_large
+from .solution import Evidence, Status
+from .solver import Outcome, Search, Solver
+from .standing import Incumbent, Standing
 
 if TYPE_CHECKING:
     from .semidefinite.reformulation import Reformulation
@@ -47,6 +46,13 @@ _ROOT_SHARE = 0.3
 
 _EPSILON = 1e-9
 """Coefficients that SCIP takes for zero."""
+
+_MOST_TERMS = 8_000_000
+"""Terms of a program, at most."""
+
+_BYTES_A_TERM = 400
+_SECONDS_A_TERM = 4e-6
+"""What a term costs while the model is built, measured: 2 to 4 microseconds."""
 
 _STATUS = {
     "optimal": Status.OPTIMAL,
@@ -91,14 +97,15 @@ class Scip(Solver):
     -----
     The time left is divided evenly over the programs that remain.
 
-    SCIP begins with the start, or else with Wanda's mask; improved by swaps if reformulated.
+    SCIP begins with the best of the start, rounded Frank-Wolfe and swaps from both; for `Linear`
+    with the best of the start and Wanda's mask. A program that cannot be built in the time left
+    is not built.
 
-    The bound is SCIP's claim, not a certificate: SCIP computes in floating point and lets every
-    constraint be violated by 1e-7, on a program scaled so that its first mask costs about 1.
-    The bound is therefore lowered by 1e-6 of that cost, and by what ``F`` lacks of ``Q``
-    (negative eigenvalues of a rounded Gram matrix cannot be in it). The semidefinite bound of the
-    reformulation needs no such trust, and counts where it is higher. Of rows that share a budget
-    only the *sum* of the bounds is one: the gap is shared out in proportion to their losses.
+    The bound is SCIP's claim (`Evidence.CLAIMED`), not a certificate: SCIP computes in floating
+    point and lets every constraint be violated by 1e-7, on a program scaled so that its first
+    mask costs about 1. The bound is therefore lowered by 1e-6 of that cost, and by what ``F``
+    lacks of ``Q`` (negative eigenvalues of a rounded Gram matrix cannot be in it). The bounds of
+    the plain relaxation and of the reformulation need no such trust, and count where higher.
 
     ``stats``: ``nodes`` of all trees, and lists with one entry per program: ``program_nodes``,
     ``program_times`` (seconds) and ``program_status`` (names of `Status`).
@@ -126,96 +133,97 @@ class Scip(Solver):
         if self.threads < 1:
             raise InvalidInput(f"threads={self.threads} solves nothing; give at least 1.")
 
+    def prepare(self, device: torch.device) -> None:
+        import pyscipopt  # noqa: F401
+
+        from .semidefinite import Semidefinite
+
+        Semidefinite().prepare(device)
+
+    def refuse(self, problem: MaskProblem) -> str | None:
+        terms = _terms(problem)
+        if terms > _MOST_TERMS:
+            return (
+                f"Solver 'scip' would get a program of {terms / 1e6:.0f} million terms, some "
+                f"{terms * _BYTES_A_TERM / 2**30:.1f} GiB; take fewer rows or inputs, or the "
+                "solver 'semidefinite'."
+            )
+        if self.reformulation and problem.pattern.coupled:
+            return too_large(self.name, problem, "leave out reformulation=True")
+        return None
+
     def _search(self, search: Search) -> Outcome:
-        problem, start, clock = search.problem, search.start, search.clock
-        trace = []
-        if start is not None:
-            trace.append(TracePoint(clock.seconds, float(search.start_objective.sum())))
+        standing = Standing(search)
         answers: list[_Answer] = []
-        done = 0
-        with closing(self._answers(problem, start, clock, search.seed)) as arriving:
-            for answer in arriving:
+        with closing(self._answers(standing, search.seed)) as arriving:
+            for unit, answer in enumerate(arriving):
                 answers.append(answer)
-                done += len(answer.mask)
-                if search.callback is not None:
-                    search.callback(Progress(done, problem.shape[0], clock.seconds))
-        bound = torch.cat([answer.bound for answer in answers])
-        objective = float(torch.cat([answer.objective for answer in answers]).sum())
-        trace.append(TracePoint(clock.seconds, objective, float(bound.sum())))
-        return Outcome(
-            mask=torch.cat([answer.mask for answer in answers]).to(problem.device),
-            status=min((answer.status for answer in answers), key=_WEAKEST_FIRST.index),
-            bound=bound.to(problem.device),
-            stats={
+                rows = standing.units[unit]
+                standing.offer(rows, answer.mask.to(search.problem.device))
+                for bound, evidence in answer.bounds:
+                    standing.raise_bound(unit, bound, evidence)
+                standing.note(rows[-1] + 1)
+        statuses = [answer.status for answer in answers]
+        return standing.outcome(
+            min(statuses, key=_WEAKEST_FIRST.index),
+            {
                 "nodes": sum(answer.nodes for answer in answers),
                 "program_nodes": [answer.nodes for answer in answers],
                 "program_times": [answer.seconds for answer in answers],
-                "program_status": [answer.status.name for answer in answers],
+                "program_status": [status.name for status in statuses],
             },
-            trace=trace,
         )
 
-    def _answers(
-        self, problem: MaskProblem, start: Tensor | None, clock: Clock, seed: int
-    ) -> Generator[_Answer]:
+    def _answers(self, standing: Standing, seed: int) -> Generator[_Answer]:
         """Solve all programs; their answers in the order of the rows."""
-        rows = problem.shape[0]
-        step = rows if problem.pattern.coupled else 1
-        parts = [slice(at, at + step) for at in range(0, rows, step)]
-        problem = problem.to("cpu")
-        tasks = [
-            partial(
-                self._solve_part,
-                problem.rows(part),
-                None if start is None else start[part].cpu(),
-                clock,
-                math.ceil((len(parts) - at) / self.threads),
-                seed,
-            )
-            for at, part in enumerate(parts)
-        ]
+        problem, units = standing.problem.to("cpu"), standing.units
+        closed = standing.closed(self.rel_gap).tolist()
+        mask, relaxed = standing.mask.cpu(), standing.relaxed.cpu()
+
+        def task(unit: int) -> _Answer:
+            rows = units[unit]
+            if closed[unit]:
+                return _Answer(mask[rows], [], Status.OPTIMAL, 0, 0.0)
+            clock = standing.clock.part(1 / math.ceil((len(units) - unit) / self.threads))
+            x = relaxed[rows].flatten().numpy()
+            return self._solve_part(problem.rows(rows), mask[rows], x, clock, seed)
+
         if self.threads == 1:
-            for task in tasks:
-                yield task()
+            for unit in range(len(units)):
+                yield task(unit)
             return
         pool = ThreadPoolExecutor(self.threads)
         try:
-            for future in [pool.submit(task) for task in tasks]:
+            for future in [pool.submit(task, unit) for unit in range(len(units))]:
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _solve_part(
-        self, part: MaskProblem, start: Tensor | None, clock: Clock, remaining: int, seed: int
+        self, part: MaskProblem, start: Tensor, x: Floats, clock: Clock, seed: int
     ) -> _Answer:
-        """Solve one program in one of ``remaining`` equal shares of the time left."""
-        clock = clock.part(1 / remaining)
-        if start is None:
-            start = part.pattern.round(Wanda().score(part))
+        """Solve one program; ``x`` ``[weights]`` is where the plain relaxation is about least."""
+        proven = -math.inf
         if self._reformulates(part) and not clock.expired:
-            program, start = self._reformulated(part, start, clock)
-        else:
+            program, start, proven = self._reformulated(part, start, x, clock)
+        elif clock.remaining > _SECONDS_A_TERM * _terms(part):
             program = _Program.of(part, start)
-        objective = part.objective(start)
-        total = float(objective.sum())
-        if total - program.least * program.unit <= self.rel_gap * abs(total):
-            bound = shared_out(program.least * program.unit, objective)
-            return _Answer(start, objective, bound, Status.OPTIMAL, 0, clock.seconds)
+        else:
+            return _Answer(start, [], Status.TIME_LIMIT, 0, clock.seconds)
+        known = [(proven, Evidence.GUARDED)]
+        total = float(part.objective(start).sum())
+        if total - proven <= self.rel_gap * abs(total):
+            return _Answer(start, known, Status.OPTIMAL, 0, clock.seconds)
+        if clock.remaining <= _SECONDS_A_TERM * _terms(part):
+            return _Answer(start, known, Status.TIME_LIMIT, 0, clock.seconds)
         found = self._run_scip(program, start, clock, seed)
         mask, status = found.values.view(part.shape) > 0.5, found.status
         if not part.pattern.is_feasible(mask):  # by less than SCIP's tolerance
             mask, status = part.pattern.round(found.values.view(part.shape)), Status.FEASIBLE
-        if float(part.objective(start).sum()) < float(part.objective(mask).sum()):
+        if total < float(part.objective(mask).sum()):
             mask = start
-        objective = part.objective(mask)
-        return _Answer(
-            mask=mask,
-            objective=objective,
-            bound=shared_out(max(found.bound, program.least) * program.unit, objective),
-            status=status,
-            nodes=found.nodes,
-            seconds=clock.seconds,
-        )
+        bounds = [*known, (found.bound * program.unit, Evidence.CLAIMED)]
+        return _Answer(mask, bounds, status, found.nodes, clock.seconds)
 
     def _reformulates(self, part: MaskProblem) -> bool:
         if not isinstance(part.pattern, CellPattern):
@@ -224,36 +232,35 @@ class Scip(Solver):
         return pays if self.reformulation is None else self.reformulation
 
     def _reformulated(
-        self, part: MaskProblem, start: Tensor, clock: Clock
-    ) -> tuple[_Program, Tensor]:
-        """The reformulated program, and a better start."""
+        self, part: MaskProblem, start: Tensor, x: Floats, clock: Clock
+    ) -> tuple[_Program, Tensor, float]:
+        """The reformulated program, a better start, and what the semidefinite dual proves."""
         from .semidefinite.ascent import Effort
         from .semidefinite.program import BinaryProgram
         from .semidefinite.reformulation import reformulate
-        from .semidefinite.solver import Incumbent
 
-        best = Swap(dtype="float64").solve(part, start=start)
-        incumbent = Incumbent(part, best.mask, best.objective)
-        program, binary = _Program.of(part, best.mask), BinaryProgram.of(part)
+        incumbent = Incumbent(part, start, clock)
+        program, binary = _Program.of(part, start), BinaryProgram.of(part)
         equal, cut = (
             reformulate(
                 binary,
                 incumbent.total,
                 Effort(
                     max_rounds=120,
-                    seconds=_ROOT_SHARE / 2 * clock.remaining,
+                    clock=clock.part(_ROOT_SHARE / 2),
                     least_gain=0.15,
                     triangles_above=0.02,
                     cuts=cuts,
                 ),
                 unit=program.unit,
                 rel_gap=self.rel_gap,
+                relaxed=x,
                 improved=incumbent.improve,
             )
             for cuts in (False, True)
         )
-        least = max(program.least, equal.bound / program.unit, cut.bound / program.unit)
-        return program.reformulated(equal, binary.cell_normals(), least), incumbent.mask
+        reformulated = program.reformulated(equal, binary.cell_normals())
+        return reformulated, incumbent.mask, max(equal.bound, cut.bound)
 
     def _run_scip(self, program: _Program, start: Tensor, clock: Clock, seed: int) -> _Found:
         """Let SCIP solve a program from a start; what it found, in the program's units."""
@@ -262,11 +269,13 @@ class Scip(Solver):
         model, mask = program.model(start)
         if clock.expired:
             return _Found(Status.TIME_LIMIT, start.double(), -math.inf, 0)
+        # What the guards take off SCIP's bound must not reopen the gap.
+        gap = max(0.0, 0.9 * self.rel_gap - 2 * (_GUARD + program.missing))
         model.hideOutput(not self.verbose)
         model.setHeuristics(SCIP_PARAMSETTING.FAST)  # half the time, from any start
         model.setParams(
             {
-                "limits/gap": self.rel_gap,
+                "limits/gap": gap,
                 "limits/absgap": _FEASTOL,
                 "limits/totalnodes": -1 if self.node_limit is None else self.node_limit,
                 "limits/time": min(clock.remaining, 1e20),
@@ -280,9 +289,9 @@ class Scip(Solver):
         outcome = model.getStatus()
         if outcome == "userinterrupt":
             raise KeyboardInterrupt
-        if outcome == "infeasible":
-            raise InvalidInput(f"No mask follows the pattern {program.pattern}; loosen it.")
         values = start.double()
+        if outcome == "infeasible":  # a start is feasible: SCIP's tolerances say otherwise
+            return _Found(Status.FEASIBLE, values, -math.inf, 0)
         if model.getNSols() > 0:  # a limit may come before SCIP has looked at the start
             values = torch.tensor([model.getVal(variable) for variable in mask])
         return _Found(
@@ -305,11 +314,10 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A program's rows: bool mask ``[rows, d]``, float64 objective and bound ``[rows]``."""
+    """A program's rows: bool mask ``[rows, d]``, and bounds with what they rest on."""
 
     mask: Tensor
-    objective: Tensor
-    bound: Tensor
+    bounds: list[tuple[float, Evidence]]
     status: Status
     nodes: int
     seconds: float
@@ -355,18 +363,14 @@ class _Program:
         both are 0.
     missing
         By how much the loss of a mask may be below what ``blocks`` make of it.
-    least
-        A bound without any search.
     """
 
     blocks: list[_Block]
     linear: Floats
     constant: float
     constraints: Constraints
-    pattern: Pattern
     unit: float
     missing: float
-    least: float
 
     @classmethod
     def of(cls, problem: MaskProblem, start: Tensor) -> _Program:
@@ -387,14 +391,11 @@ class _Program:
             linear=linear.ravel() / unit,
             constant=0.0,
             constraints=problem.pattern.constraints(problem.shape),
-            pattern=problem.pattern,
             unit=unit,
             missing=missing,
-            # No quadratic loss, and all that pruning can gain.
-            least=float(np.minimum(linear / unit, 0).sum()) - missing,
         )
 
-    def reformulated(self, found: Reformulation, normals: Floats, least: float) -> _Program:
+    def reformulated(self, found: Reformulation, normals: Floats) -> _Program:
         """The same program with a form of equal values in place of the loss.
 
         The form is convex only where the cells' sums hold. There, ``x - centre`` is orthogonal
@@ -418,7 +419,6 @@ class _Program:
             linear=slope,
             constant=here - float(slope @ centre),
             missing=missing,
-            least=least,
         )
 
     def model(self, start: Tensor) -> tuple[Any, list[Any]]:
@@ -493,6 +493,12 @@ def _factor(matrix: Floats) -> tuple[Floats, float]:
     factor[np.abs(factor) < _EPSILON] = 0.0
     least = float(np.linalg.eigvalsh(matrix - factor.T @ factor)[0])
     return factor, max(0.0, -least) * len(matrix)
+
+
+def _terms(problem: MaskProblem) -> int:
+    """Coefficients of the largest program that SCIP gets: a triangle per row."""
+    rows, d = problem.shape
+    return (rows if problem.pattern.coupled else 1) * d * d // 2
 
 
 def _entries(constraints: Constraints, i: int) -> tuple[Any, Floats]:

@@ -90,8 +90,9 @@ class MaskSolution:
     trace
         Objective (and bound) over time, never rising.
     certificates
-        Witnesses of the bounds that `solvers.certificate.check` verifies, one per row; empty if
-        the solver gives none.
+        Witnesses that `solvers.certificate.check` verifies, at most one per row, each of a bound
+        of its own: that of the row where the evidence is `Evidence.CERTIFIED`. Empty if the
+        solver gives none.
     """
 
     mask: Tensor
@@ -143,14 +144,3 @@ def is_closed(objective: Tensor, bound: Tensor, scale: Tensor, rel_gap: float) -
     """Where objective and bound are as near as asked for, or cannot be told apart; bool."""
     tolerance = torch.maximum(rel_gap * objective.abs(), ABSOLUTE_GAP * scale)
     return objective - bound <= tolerance
-
-
-def shared_out(bound: float, objective: Tensor) -> Tensor:
-    """A bound on the sum as bounds of rows, float64 ``[rows]``, none above its objective.
-
-    For rows that are only bounded together: only the sum of these numbers means anything.
-    """
-    gap = max(0.0, float(objective.sum()) - bound)
-    size = objective.abs()
-    share = size / size.sum() if float(size.sum()) > 0 else torch.full_like(size, 1 / len(size))
-    return objective - gap * share

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .certificate import Certificate
 from .clock import Clock
 from .errors import InvalidInput
-from .pattern import Pattern
+from .pattern import Pattern, PerRow
 from .problem import MaskProblem
-from .solution import MaskSolution, Status, TracePoint
+from .solution import ABSOLUTE_GAP, Evidence, MaskSolution, Status, TracePoint, is_closed
+from .trivial import trivial_bound
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,16 @@ class Search:
 
 @dataclass
 class Outcome:
-    """What a search hands to `Solver.solve`, which evaluates it."""
+    """What a search hands to `Solver.solve`, which evaluates it.
+
+    ``bound`` is float64 ``[rows]``, or ``[1]`` where the rows share a budget; ``evidence`` says
+    what it rests on.
+    """
 
     mask: Tensor
     status: Status
     bound: Tensor | None = None
+    evidence: Evidence | None = None
     stats: dict[str, Any] = field(default_factory=dict)
     trace: list[TracePoint] = field(default_factory=list)
     certificates: list[Certificate] = field(default_factory=list)
@@ -98,6 +106,13 @@ class Solver(ABC):
     def _search(self, search: Search) -> Outcome:
         """Choose a mask; `solve` checks, times and evaluates around it."""
 
+    def prepare(self, device: torch.device) -> None:  # noqa: B027
+        """Import and compile what the search needs on a device, so that no clock sees it."""
+
+    def refuse(self, problem: MaskProblem) -> str | None:
+        """Why this problem is too large for this solver, in a sentence; None if it is not."""
+        return None
+
     def solve(
         self,
         problem: MaskProblem,
@@ -116,7 +131,7 @@ class Solver(ABC):
         start
             A mask that follows the pattern, bool ``[rows, d]``.
         time_limit
-            Seconds; None for no limit.
+            Seconds; None for no limit. Imports and just-in-time compilation do not count.
         seed
             Of whatever the solver draws at random.
         callback
@@ -125,12 +140,15 @@ class Solver(ABC):
         Raises
         ------
         InvalidInput
-            If the solver cannot handle this pattern, its library is missing, the start does
-            not follow the pattern, or the time limit is not positive.
+            If the solver cannot handle this pattern or a problem of this size, its library is
+            missing, the start does not follow the pattern, or the time limit is not positive.
         """
-        reason = self.unable(problem.pattern)
+        Clock(time_limit)  # refuses what is no limit before anything is done
+        reason = self.unable(problem.pattern) or self.refuse(problem)
         if reason is not None:
             raise InvalidInput(reason)
+        self.prepare(problem.device)
+        clock = Clock(time_limit)
         if start is not None:
             start = problem.as_mask(start)
             violation = problem.pattern.violation(start)
@@ -138,9 +156,9 @@ class Solver(ABC):
                 raise InvalidInput(f"The start does not follow the pattern: {violation}.")
         elif self.needs_start:
             raise InvalidInput(f"Solver '{self.name}' needs a start: a mask or a solver's name.")
-        search = Search(problem, start, Clock(time_limit), seed, callback)
+        search = Search(problem, start, clock, seed, callback)
         outcome = self._search(search)
-        seconds = search.clock.seconds
+        seconds = clock.seconds
 
         violation = problem.pattern.violation(outcome.mask)
         if violation is not None:
@@ -148,16 +166,48 @@ class Solver(ABC):
         mask, objective = outcome.mask, problem.objective(outcome.mask)
         if start is not None:
             mask, objective = _never_worse(search, mask, objective)
+        status, bound, scale = outcome.status, None, None
+        if outcome.bound is not None:
+            status, bound, scale = self._bounded(problem, objective, outcome)
         return MaskSolution(
             mask=mask,
             objective=objective,
-            status=outcome.status,
+            status=status,
             solver=self.name,
-            bound=outcome.bound,
+            bound=bound,
+            evidence=outcome.evidence,
+            scale=scale,
             stats={"time": seconds, **outcome.stats},
             trace=tuple(outcome.trace),
             certificates=tuple(outcome.certificates),
         )
+
+    def _bounded(
+        self, problem: MaskProblem, objective: Tensor, outcome: Outcome
+    ) -> tuple[Status, Tensor, Tensor]:
+        """Status, bound and scale: the bound is at least the trivial one, the status follows."""
+        assert outcome.bound is not None
+        assert outcome.evidence is not None
+        scale = problem.scale()
+        if problem.pattern.coupled:
+            objective, scale = objective.sum().reshape(1), scale.sum().reshape(1)
+        bound = torch.maximum(outcome.bound, trivial_bound(problem))
+        above = bound - objective
+        refuted = above > ABSOLUTE_GAP * scale
+        if outcome.evidence is not Evidence.CLAIMED and bool(refuted.any()):
+            raise AssertionError(
+                f"solver '{self.name}' gives a bound that its own mask refutes, "
+                f"by {float(above.max()):.3g}"
+            )
+        bound = torch.minimum(bound, objective)
+        status = outcome.status
+        rel_gap = getattr(self, "rel_gap", None)
+        if rel_gap is not None:
+            if bool(is_closed(objective, bound, scale, rel_gap).all()):
+                status = Status.OPTIMAL
+            elif status is Status.OPTIMAL:
+                status = Status.FEASIBLE
+        return status, bound, scale
 
     @classmethod
     def unable(cls, pattern: Pattern | None = None) -> str | None:
@@ -191,3 +241,24 @@ def _never_worse(search: Search, mask: Tensor, objective: Tensor) -> tuple[Tenso
         mask = mask.where(~worse[:, None], start)
         objective = objective.where(~worse, before)
     return mask, objective
+
+
+_WARM: set[tuple[str, str]] = set()
+_WARMING = threading.Lock()
+
+
+def warm_up(solver: Solver, device: torch.device) -> None:
+    """Solve a tiny problem once in this process, for what it compiles."""
+    key = (solver.name, device.type)
+    if key in _WARM:
+        return
+    with _WARMING:
+        if key in _WARM:
+            return
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(12, 48, generator=random)
+        weight = torch.randn(2, 12, generator=random).to(device)
+        problem = MaskProblem(weight, (x @ x.T).to(device), PerRow(sparsity=0.5))
+        start = problem.pattern.lmo(-weight.abs())
+        solver._search(Search(problem, start, Clock(), 0, None))
+        _WARM.add(key)

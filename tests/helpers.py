@@ -115,3 +115,9 @@ def problems(draw, max_rows: int = 4, max_inputs: int = 10) -> MaskProblem:
         draw(st.integers(0, 2**16)),
         draw(st.sampled_from([torch.float32, torch.float64])),
     )
+
+
+def like_bound(solution):
+    """Objective shaped like the bound: summed where the rows share a budget."""
+    summed = len(solution.bound) != len(solution.objective)
+    return solution.objective.sum().reshape(1) if summed else solution.objective

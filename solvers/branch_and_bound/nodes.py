@@ -20,7 +20,8 @@ from .state import FREE, ONE, ZERO
 
 _FAST = {"nsz", "contract", "reassoc"}
 _CHECK_EVERY = 24
-_GUARD = 1e-13
+_ROUNDING = 2.0**-51
+"""Four units of roundoff: see `solve_nodes`."""
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -100,6 +101,7 @@ def solve_nodes(
     bound: Array,
     cutoff: float,
     tolerance: Array,
+    magnitude: float,
     max_steps: int,
     tighten: bool,
     fixed: Array,
@@ -122,6 +124,10 @@ def solve_nodes(
         A node whose bound reaches it is finished.
     tolerance
         ``[nodes]``: Frank-Wolfe gap at which a node below the cutoff is finished.
+    magnitude
+        ``sum_i |l_i| + 2 sum_ij |Q_ij| + |constant|``, which no partial sum exceeds. The gradient
+        is computed once and then changed by each step, with a relative error of ``(d + 6 steps) u``
+        of it in all; value, slope and oracle add ``d`` roundings of theirs.
     tighten
         Whether to fix inputs by the dual gap.
     fixed
@@ -147,15 +153,14 @@ def solve_nodes(
         taken, stuck = 0, False
         while True:
             if taken % _CHECK_EVERY == 0 or stuck or taken >= max_steps:
-                value, slope, size = constant, 0.0, abs(constant)
+                value, slope = constant, 0.0
                 for i in range(d):
                     term = 0.5 * (gradient[i] + linear[i]) * z[i]
                     value += term
                     slope += gradient[i] * z[i]
-                    size += abs(gradient[i])
                 least = _oracle_value(gradient, fix, cell_start, pruned, inside, outside)
                 gap = slope - least
-                here = value - gap - _GUARD * d * size
+                here = value - gap - _ROUNDING * (d + 8 + 6 * taken) * magnitude
                 bound[node] = max(bound[node], here)
                 finished = (
                     stuck

@@ -17,16 +17,19 @@ from ..registry import register
 from ..semidefinite.ascent import Effort, ascend
 from ..semidefinite.cuts import Array
 from ..semidefinite.dual import Multipliers
-from ..semidefinite.program import BinaryProgram, independent_parts
-from ..semidefinite.solver import Incumbent
+from ..semidefinite.program import BinaryProgram
+from ..semidefinite.solver import Semidefinite, too_large
 from ..semidefinite.witness import ConvexForm
-from ..solution import Status, TracePoint, shared_out
-from ..solver import Outcome, Progress, Search, Solver
-from ..swap import Swap
+from ..solution import Evidence, Status, TracePoint
+from ..solver import Outcome, Search, Solver, warm_up
+from ..standing import Incumbent, Standing
 from .branching import BRANCHINGS, Branching
 from .hull import solve_over_hull
 from .subtrees import Subtrees
 from .tree import NodeSelection, Tree, TreeLimits, TreeResult
+
+_STRICTER = 0.99
+"""Share of the gap asked for at which the tree stops, so that rounding does not reopen it."""
 
 
 @register
@@ -115,48 +118,46 @@ class BranchAndBound(Solver):
                 f"node_selection '{self.node_selection}' is neither best_first nor depth_first."
             )
 
+    def prepare(self, device: torch.device) -> None:
+        Semidefinite().prepare(device)
+        warm_up(BranchAndBound(reformulation=False), device)
+
+    def refuse(self, problem: MaskProblem) -> str | None:
+        if not isinstance(problem.pattern, CellPattern) or not problem.pattern.coupled:
+            return None
+        return too_large(self.name, problem, "take fewer rows, or the solver 'semidefinite'")
+
     def _search(self, search: Search) -> Outcome:
-        problem, start, clock = search.problem, search.start, search.clock
-        assert start is not None
-        if not isinstance(problem.pattern, CellPattern):
-            return self._search_hull(problem, start, clock)
-        parts = independent_parts(problem)
-        best = Swap().solve(problem, start=start)
-        mask, objective = best.mask.clone(), best.objective.clone()
-        bound = torch.full_like(objective, -torch.inf)
-        trace = [TracePoint(clock.seconds, float(objective.sum()))]
-        stats: dict[str, list[float]] = {
-            "nodes": [], "trees": [], "root_gap": [], "seconds": [],
-        }  # fmt: skip
+        if not isinstance(search.problem.pattern, CellPattern):
+            assert search.start is not None
+            return self._search_hull(search.problem, search.start, search.clock)
+        standing = Standing(search)
+        units, clock = standing.units, search.clock
+        closed = standing.closed(self.rel_gap).tolist()
+        columns = ("nodes", "trees", "root_gap", "seconds")
+        stats: dict[str, list[float]] = {column: [0.0] * len(units) for column in columns}
         steps = fixed = 0
         finished = True
-        for done, rows in enumerate(parts):
-            began = clock.seconds
-            incumbent = Incumbent(problem.rows(rows), mask[rows], objective[rows])
-            root_gap, result = self._solve_part(incumbent, clock.part(1 / (len(parts) - done)))
-            mask[rows], objective[rows] = incumbent.mask, incumbent.objective
-            bound[rows] = incumbent.spread(result.bound)
+        for unit, rows in enumerate(units):
+            if closed[unit] or clock.expired:
+                finished = finished and closed[unit]
+                continue
+            began, part = clock.seconds, clock.part(1 / (len(units) - unit))
+            incumbent = Incumbent(search.problem.rows(rows), standing.mask[rows], part)
+            x = standing.relaxed[rows].flatten().cpu().numpy()
+            root_gap, result = self._solve_part(incumbent, x, part)
+            standing.offer(rows, incumbent.mask)
+            standing.raise_bound(unit, result.bound, Evidence.GUARDED)
             finished = finished and result.finished
-            stats["nodes"].append(result.nodes)
-            stats["trees"].append(result.trees)
-            stats["root_gap"].append(root_gap)
-            stats["seconds"].append(clock.seconds - began)
+            numbers = result.nodes, result.trees, root_gap, clock.seconds - began
+            for column, value in zip(columns, numbers, strict=True):
+                stats[column][unit] = value
             steps, fixed = steps + result.steps, fixed + result.fixed
-            if len(parts) == 1:
-                trace += [TracePoint(began + t, value, low) for t, low, value in result.bounds]
-            else:
-                trace.append(TracePoint(clock.seconds, float(objective.sum())))
-            if search.callback is not None:
-                search.callback(Progress(rows[-1] + 1, len(mask), clock.seconds))
-        trace.append(TracePoint(clock.seconds, float(objective.sum()), float(bound.sum())))
-        limit = Status.TIME_LIMIT if clock.expired else Status.ITERATION_LIMIT
-        return Outcome(
-            mask=mask,
-            status=Status.OPTIMAL if finished else limit,
-            bound=bound,
-            stats={**stats, "steps": steps, "fixed": fixed},
-            trace=trace,
-        )
+            if len(units) == 1:
+                standing.trace += [TracePoint(began + t, v, low) for t, low, v in result.bounds]
+            standing.note(rows[-1] + 1)
+        status = Status.FEASIBLE if finished else Status.ITERATION_LIMIT
+        return standing.outcome(status, {**stats, "steps": steps, "fixed": fixed})
 
     def _search_hull(self, problem: MaskProblem, start: Tensor, clock: Clock) -> Outcome:
         """The tree for a pattern that is known by its oracle alone."""
@@ -168,11 +169,11 @@ class BranchAndBound(Solver):
             max_nodes=self.max_nodes,
             time_limit=clock.limit,
         )
-        bound = shared_out(solution.bound * unit, problem.objective(mask))
         return Outcome(
             mask=mask,
             status=solution.status,
-            bound=bound,
+            bound=torch.tensor([solution.bound * unit], dtype=torch.float64, device=mask.device),
+            evidence=Evidence.CLAIMED,
             stats={"nodes": [solution.stats["nodes"]], "lmo_calls": solution.stats["lmo_calls"]},
             trace=[
                 TracePoint(
@@ -184,8 +185,11 @@ class BranchAndBound(Solver):
             ],
         )
 
-    def _solve_part(self, incumbent: Incumbent, clock: Clock) -> tuple[float, TreeResult]:
-        """Gap at the root, and the tree's result in the problem's own units."""
+    def _solve_part(self, incumbent: Incumbent, x: Array, clock: Clock) -> tuple[float, TreeResult]:
+        """Gap at the root, and the tree's result in the problem's own units.
+
+        ``x`` ``[weights]`` is where the plain relaxation is about least.
+        """
         program = BinaryProgram.of(incumbent.problem)
         size = program.size
         if size == 0:
@@ -196,7 +200,7 @@ class BranchAndBound(Solver):
 
         scaled = program.scaled(1 / size)
         limits = TreeLimits(
-            rel_gap=self.rel_gap,
+            rel_gap=_STRICTER * self.rel_gap,
             max_nodes=self.max_nodes,
             max_steps=self.max_steps,
             batch=self.batch,
@@ -207,11 +211,10 @@ class BranchAndBound(Solver):
         )
         least = incumbent.total / size
         if self.reformulation:
-            result = self._search_reformulated(scaled, limits, least, improve, clock)
+            result = self._search_reformulated(scaled, limits, least, improve, x, clock)
         else:
-            relaxed = program.pruned[program.cell] / np.bincount(program.cell)[program.cell]
             form = ConvexForm.of(scaled, Multipliers.zero(program.inputs))
-            result = Tree(scaled, form, limits, least, improve).search(-np.inf, relaxed, clock)
+            result = Tree(scaled, form, limits, least, improve).search(-np.inf, x, clock)
         result.bound *= size
         result.bounds = [(t, low * size, value * size) for t, low, value in result.bounds]
         first = result.bounds[0][1]
@@ -223,6 +226,7 @@ class BranchAndBound(Solver):
         limits: TreeLimits,
         least: float,
         improve: Callable[[Array], float],
+        relaxed: Array,
         clock: Clock,
     ) -> TreeResult:
         root = ascend(
@@ -230,11 +234,12 @@ class BranchAndBound(Solver):
             least,
             Effort(
                 max_rounds=self.root_rounds,
-                seconds=self.root_share * clock.remaining,
+                clock=clock.part(self.root_share),
                 least_gain=self.root_gain,
                 triangles_above=self.root_triangles_above,
             ),
-            rel_gap=self.rel_gap,
+            rel_gap=_STRICTER * self.rel_gap,
+            relaxed=relaxed,
             improved=improve,
         )
         least = improve(root.relaxed)

@@ -202,7 +202,7 @@ class Subtrees:
             self._incumbent,
             Effort(
                 max_rounds=self._rounds,
-                seconds=clock.remaining,
+                clock=clock,
                 least_gain=_LEAST_GAIN,
                 triangles_above=0.0,
             ),

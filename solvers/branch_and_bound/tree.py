@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from ..clock import Clock
+from ..rounding import gamma
 from ..semidefinite.cuts import Array
 from ..semidefinite.program import BinaryProgram
 from ..semidefinite.witness import ConvexForm
@@ -113,6 +114,11 @@ class Tree:
         self._incumbent, self._improve = incumbent, improve
         self._cells = np.concatenate([[0], np.bincount(program.cell).cumsum()])
         self._pruned = program.pruned.astype(np.int64)
+        self._magnitude = float(
+            np.abs(form.linear).sum() + 2 * np.abs(form.quadratic).sum() + abs(form.constant)
+        )
+        # Of evaluating a complete fixing.
+        self._noise = gamma(2 * program.inputs + 4) * program.magnitude
         self._brancher = Brancher(limits.branching, form.quadratic.diagonal())
         self._least_closed = math.inf
         self._count = 0
@@ -195,7 +201,7 @@ class Tree:
                 loss = self._program.objective(x[k])
                 if loss < self._incumbent:
                     self._incumbent = min(loss, self._improve(x[k]))
-                self._least_closed = min(self._least_closed, loss)
+                self._least_closed = min(self._least_closed, loss - self._noise)
                 continue
             if self._close_if_done(bound[k]):
                 continue
@@ -239,6 +245,7 @@ class Tree:
                 bound[part[0] : part[-1] + 1],
                 self._cutoff,
                 tolerance[part[0] : part[-1] + 1],
+                self._magnitude,
                 max_steps,
                 tighten,
                 fixed[part[0] : part[-1] + 1],

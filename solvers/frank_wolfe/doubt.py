@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..pattern import CellPattern
+from ..rounding import UNIT_ROUNDOFF, negative_part
 from .batch import Batch
 
 _ORACLE_ERROR = 1e-9
@@ -30,26 +31,9 @@ def doubt_of(batch: Batch, gradient: Tensor, vertex: Tensor) -> Tensor:
     doubt = 4 * unit * (pruned**2 + 2 * pruned * moved + linear)
     tilt = size**2 * (1 - 2 * z)
     farthest = batch.lmo(-tilt).double()
-    doubt += shift_of(rows.gram) * (size**2 * (farthest - z) ** 2).sum(dim=1)
+    doubt += negative_part(rows.gram) * (size**2 * (farthest - z) ** 2).sum(dim=1)
+    # The rows were scaled, which rounds their weights.
+    doubt += 8 * UNIT_ROUNDOFF * size.sum(dim=1) ** 2
     if not isinstance(batch.pattern, CellPattern):
         doubt += _ORACLE_ERROR * gradient.abs().amax()
     return doubt
-
-
-def shift_of(gram: Tensor) -> float:
-    """A number such that the correlation form of ``gram`` plus it is positive semi-definite.
-
-    A Cholesky factorisation that succeeds proves it up to ``d (d + 1) eps`` (Higham, theorem 10.3).
-    """
-    d = len(gram)
-    diagonal = gram.diagonal()
-    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    correlation = gram * scale * scale[:, None]
-    error = 2 * d * (d + 1) * torch.finfo(torch.float64).eps
-    shift = error
-    while True:
-        shifted = correlation.clone()
-        shifted.diagonal().add_(shift)
-        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
-            return shift + error
-        shift *= 8

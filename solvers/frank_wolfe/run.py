@@ -13,7 +13,7 @@ from ..clock import Clock
 from ..pattern import CellPattern
 from ..problem import MaskProblem
 from ..saliency import Wanda
-from ..solution import Status, TracePoint, shared_out
+from ..solution import Evidence, Status, TracePoint
 from ..solver import Callback, Outcome, Progress
 from ..swap.rows import ScaledRows
 from .batch import Batch, Product
@@ -47,9 +47,7 @@ class Run:
         rows = ScaledRows.of(problem)
         score = Wanda().score(problem).double()
         lower = _fixed(problem, score, options.fixed)
-        if start is None and lower is None:
-            first = problem.pattern.round(score)
-        elif start is None:
+        if start is None:
             first = problem.pattern.lmo(-score, lower)
         else:
             first = start if lower is None else problem.pattern.lmo(-start.double(), lower)
@@ -69,6 +67,11 @@ class Run:
         size = rows.weight**2 @ rows.gram.diagonal() + rows.linear.abs().sum(dim=1)
         self._floor = floor * size
 
+    @property
+    def z(self) -> Tensor:
+        """The relaxed masks so far, float64 ``[rows, d]``."""
+        return self._z
+
     def relaxed(self) -> Tensor:
         """Descend; the relaxed mask."""
         self._descend()
@@ -84,11 +87,12 @@ class Run:
         value, gap = last.value(), (gradient * (self._z - vertex.double())).sum(dim=1)
         mask = problem.pattern.round(self._z) if self._lower is None else last.lmo(-self._z)
         objective = self._kept_objective(mask)
-        bound = None
+        bound = evidence = None
         if self._lower is None:
             bound = (value - gap - doubt_of(last, gradient, vertex)) * rows.unit
-            if batch.joint:
-                bound = shared_out(float(bound.sum()), objective)
+            bound = bound.sum().reshape(1) if problem.pattern.coupled else bound
+            cells = isinstance(problem.pattern, CellPattern)
+            evidence = Evidence.GUARDED if cells else Evidence.CLAIMED
         stats: dict[str, Any] = {
             "step": self._step,
             "iterations": int(self._iterations.max()),
@@ -100,7 +104,8 @@ class Run:
             "rounding_residual": float((self._z - mask.double()).abs().mean()),
             "history": self._history,
         }
-        return Outcome(mask, self._status(), bound, stats, self._trace(objective, bound))
+        trace = self._trace(objective, bound)
+        return Outcome(mask, self._status(), bound, evidence, stats, trace)
 
     def _descend(self) -> None:
         options, batch = self._options, self._batch

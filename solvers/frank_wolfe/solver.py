@@ -77,9 +77,9 @@ class FrankWolfe(Solver):
     Where rows share a budget, all of them make one step together.
 
     The bound of a row is ``f(z) - gap(z)`` from a fresh float64 evaluation at the last ``z``, less
-    what rounding and an indefinite Gram matrix could add. With a shared budget only the *sum* of
-    the bounds holds, and it is spread over the rows in proportion to their losses. With
-    ``fixed`` there is none: the restricted problem's bound says nothing about the problem's.
+    what rounding and an indefinite Gram matrix could add. With a shared budget there is one bound
+    for all rows. For `Linear` it rests on HiGHS's word (`Evidence.CLAIMED`). With ``fixed`` there
+    is none: the restricted problem's bound says nothing about the problem's.
 
     ``stats``: ``iterations`` (of the slowest row), ``mean_iterations`` (over rows), ``lmo_calls``
     (batched), ``converged`` (rows), ``relaxed`` and ``fw_gap`` (of each row, at the last ``z``),
@@ -126,6 +126,13 @@ class FrankWolfe(Solver):
                 "use 'pairwise'."
             )
         return Run(self, problem, start, clock, search.callback).outcome()
+
+
+def relax(problem: MaskProblem, start: Tensor | None, clock: Clock) -> tuple[Outcome, Tensor]:
+    """What `FrankWolfe` answers with its default options, and the relaxed mask it ended at."""
+    run = Run(FrankWolfe(), problem, start, clock, None)
+    outcome = run.outcome()
+    return outcome, run.z
 
 
 def relaxed_mask(problem: MaskProblem, options: FrankWolfe, clock: Clock) -> Tensor:

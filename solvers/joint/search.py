@@ -15,7 +15,7 @@ from ..errors import InvalidInput
 from ..pattern import NM, PerLayer, PerRow
 from ..registry import get_solver, register
 from ..solution import Status
-from ..solver import Callback, Outcome, Progress, Search, Solver
+from ..solver import Callback, Outcome, Progress, Search, Solver, warm_up
 from ..update import LeastSquares, updated_loss
 
 _CHUNK = 1 << 24
@@ -74,6 +74,10 @@ class Joint(Solver):
             raise InvalidInput(f"max_swaps={self.max_swaps} changes nothing; give at least 1.")
         if not self.tolerance >= 0:
             raise InvalidInput(f"tolerance={self.tolerance} is negative; give 0 or more.")
+
+    def prepare(self, device: torch.device) -> None:
+        get_solver(self.initial).prepare(device)
+        warm_up(Joint(), device)
 
     def _search(self, search: Search) -> Outcome:
         problem, start, clock = search.problem, search.start, search.clock

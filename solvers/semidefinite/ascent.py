@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from ..clock import Clock
+from ..solution import ABSOLUTE_GAP
 from .cuts import Array
-from .dual import DualAscent, Iterate
+from .dual import DualAscent, Iterate, Multipliers
 from .program import BinaryProgram
 from .witness import Witness
 
@@ -28,8 +27,8 @@ class Effort:
 
     Attributes
     ----------
-    max_rounds, seconds
-        Limits; at least one round is made.
+    max_rounds, clock
+        Limits.
     least_gain
         Stop when six rounds close less than this share of the gap.
     triangles_above
@@ -40,7 +39,7 @@ class Effort:
     """
 
     max_rounds: int
-    seconds: float
+    clock: Clock
     least_gain: float
     triangles_above: float
     cuts: bool = True
@@ -58,6 +57,8 @@ class Bounded:
         Of the best round.
     last
         Where the ascent ended; another may go on from here.
+    relaxed
+        Relaxed ``x`` (1 = pruned), ``[d]``.
     rounds, evaluations
         Counts.
     """
@@ -65,13 +66,9 @@ class Bounded:
     bound: float
     witness: Witness
     last: Iterate
+    relaxed: Array
     rounds: int
     evaluations: int
-
-    @property
-    def relaxed(self) -> Array:
-        """Relaxed ``x`` (1 = pruned), ``[d]``."""
-        return self.last.relaxed
 
 
 def strengthen(
@@ -80,6 +77,7 @@ def strengthen(
     effort: Effort,
     *,
     rel_gap: float,
+    relaxed: Array | None = None,
     improved: Callable[[Array], float] | None = None,
 ) -> Bounded:
     """Raise the bound of a row until it meets the incumbent, stalls, or a limit is hit.
@@ -94,19 +92,23 @@ def strengthen(
         Limits.
     rel_gap
         Stop when ``incumbent - bound <= rel_gap * |incumbent|``.
+    relaxed
+        Where the plain relaxation is about least, ``[d]``: the bound is no worse than what that
+        proves. None for the mean of all allowed x.
     improved
         Given the relaxed ``x`` after each round, a primal heuristic that returns the incumbent.
     """
     size = program.size
     if size == 0:
         at = Iterate.zero(program.inputs)
-        at.matrix[0, 1:] = program.centre()
-        return Bounded(program.constant, Witness.of(program, at.multipliers), at, 0, 0)
+        witness = Witness.of(program, at.multipliers)
+        return Bounded(program.constant, witness, at, program.centre(), 0, 0)
     found = ascend(
         program.scaled(1 / size),
         incumbent / size,
         effort,
         rel_gap=rel_gap,
+        relaxed=relaxed,
         improved=None if improved is None else lambda x: improved(x) / size,
     )
     witness = Witness.of(program, found.witness.multipliers.scaled(size))
@@ -120,11 +122,12 @@ def ascend(
     *,
     rel_gap: float,
     start: Iterate | None = None,
+    relaxed: Array | None = None,
     improved: Callable[[Array], float] | None = None,
 ) -> Bounded:
     """`strengthen` for a program whose losses are of the order of 1, also from a warm start."""
     with _blas_threads(program.inputs):
-        return _ascend(program, incumbent, effort, rel_gap, start, improved)
+        return _ascend(program, incumbent, effort, rel_gap, start, relaxed, improved)
 
 
 def _ascend(
@@ -133,27 +136,35 @@ def _ascend(
     effort: Effort,
     rel_gap: float,
     start: Iterate | None,
+    relaxed: Array | None,
     improved: Callable[[Array], float] | None,
 ) -> Bounded:
-    began = time.perf_counter()
-    ascent = DualAscent(program, start or Iterate.zero(program.inputs))
+    warm = start is not None
+    first = program.centre() if relaxed is None else relaxed
+    start = start or Iterate.zero(program.inputs)
+    ascent = DualAscent(program, start)
+    known = start.multipliers if warm else Multipliers.of_relaxation(program, first)
+    best = Witness.of(program, known)
+    best_bound = best.bound(program)
     scale = 0.1 / (program.inputs * (1 + program.ones))
-    best_bound, best = -np.inf, ascent.at.multipliers
     gaps: list[float] = []
     rounds = 0
-    triangles = start is not None and start.multipliers.cuts.has_triangles
-    while rounds < effort.max_rounds:
-        early = 0.0 if start is not None else 3 * 0.95**rounds
-        ascent.ascend(scale * max(0.5, early), _ITERATIONS)
+    triangles = start.multipliers.cuts.has_triangles
+
+    def over() -> bool:
+        small = target - best_bound <= max(rel_gap * abs(target), ABSOLUTE_GAP)
+        return small or rounds >= effort.max_rounds or effort.clock.expired
+
+    while not over():
+        early = 0.0 if warm else 3 * 0.95**rounds
+        ascent.ascend(scale * max(0.5, early), _ITERATIONS, effort.clock)
         rounds += 1
-        bound = Witness.of(program, ascent.at.multipliers).bound(program)
-        if bound > best_bound:
-            best_bound, best = bound, ascent.at.multipliers
+        witness = Witness.of(program, ascent.at.multipliers)
+        if (bound := witness.bound(program)) > best_bound:
+            best_bound, best = bound, witness
         if improved is not None:
             target = min(target, improved(ascent.at.relaxed))
-        if target - best_bound <= rel_gap * abs(target):
-            break
-        if time.perf_counter() - began >= effort.seconds:
+        if over():
             break
         gaps.append(target - best_bound)
         stalled = len(gaps) > _STALL_ROUNDS
@@ -165,7 +176,8 @@ def _ascend(
         if effort.cuts:
             with_triangles = triangles and rounds % _TRIANGLE_EVERY == 0
             ascent.add_cuts(10 * program.inputs, _THRESHOLD, with_triangles)
-    return Bounded(best_bound, Witness.of(program, best), ascent.at, rounds, ascent.evaluations)
+    x = ascent.at.relaxed if rounds or warm else first
+    return Bounded(best_bound, best, ascent.at, x, rounds, ascent.evaluations)
 
 
 def _blas_threads(inputs: int) -> AbstractContextManager[object]:

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.linalg import eigh
 from scipy.optimize import minimize
 
+from ..clock import Clock
 from .cuts import Array, Cuts, separate
 from .program import BinaryProgram
 
@@ -55,6 +56,30 @@ class Multipliers:
     def zero(cls, d: int) -> Multipliers:
         """The plain relaxation."""
         return cls(0.0, np.zeros(d), Cuts.none(), np.zeros(0))
+
+    @classmethod
+    def of_relaxation(cls, program: BinaryProgram, x: Array) -> Multipliers:
+        """Those that prove what Frank-Wolfe's gap proves at a relaxed ``x`` ``[d]``.
+
+        With the gradient ``g = 2 Q x + l`` and in each cell a threshold ``t`` between what an
+        oracle chooses and what it does not, ``r = g - t`` and any binary ``v`` of the right counts
+
+            loss(v) = loss(x) - gap + sum of |r_i| over v_i that the oracle chose otherwise
+                      + (v - x)^T Q (v - x),
+
+        and for binaries each of these ``|r_i|`` is ``|r_i| v_i^2`` or ``|r_i| (1 - v_i)^2``.
+        """
+        gradient = 2 * program.quadratic @ x + program.linear
+        threshold = np.zeros(max(1, len(program.pruned)))
+        for g, ones in enumerate(program.pruned):
+            ordered = np.sort(gradient[program.cell == g])
+            threshold[g] = ordered[max(0, ones - 1) : ones + 1].mean()
+        cell = program.cell if len(program.pruned) else np.zeros(program.inputs, np.int64)
+        reduced = gradient - threshold[cell]
+        chosen = reduced < 0
+        slack = np.where(chosen, 1 - x, x)
+        offset = program.objective(x) - program.constant - float(np.abs(reduced) @ slack)
+        return cls(offset, -np.abs(reduced), Cuts.none(), np.zeros(0))
 
     def scaled(self, factor: float) -> Multipliers:
         """Multipliers of the program whose losses are multiplied."""
@@ -145,8 +170,16 @@ class DualAscent:
         self.at = start
         self.evaluations = 0
 
-    def ascend(self, alpha: float, iterations: int) -> None:
-        """Improve the multipliers for fixed ``X_k``, then take the new X."""
+    def ascend(self, alpha: float, iterations: int, clock: Clock | None = None) -> None:
+        """Improve the multipliers for fixed ``X_k``, then take the new X.
+
+        Ends early when the clock expires.
+        """
+
+        def look(_: object) -> None:
+            if clock is not None and clock.expired:
+                raise StopIteration
+
         at = self.at.multipliers
         free = 1 + self._program.inputs
         start = at._packed()
@@ -157,6 +190,7 @@ class DualAscent:
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
+            callback=look,
             options={"maxiter": iterations, "maxfun": 2 * iterations, "ftol": 0.0, "gtol": 0.0},
         )
         multipliers = at._unpacked(result.x)

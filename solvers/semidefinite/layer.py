@@ -10,10 +10,10 @@ dual. The right-hand side is concave in the price, with slope S minus the minimi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ..clock import Clock
 from ..problem import MaskProblem
+from ..rounding import gamma
 from .ascent import THREADS_PAY_FROM, Bounded, Effort, strengthen
+from .cuts import Array
 from .program import BinaryProgram
 
 _EVALUATIONS = 6
@@ -45,6 +47,7 @@ def bound_row(
     mean: float,
     rel_gap: float,
     effort: Effort,
+    relaxed: Array | None = None,
 ) -> tuple[BinaryProgram, Bounded]:
     """Bound ``f_r(x) - price 1^T x`` over all binary x of a row.
 
@@ -56,13 +59,16 @@ def bound_row(
         Mean loss of a row, against which gaps are measured.
     rel_gap, effort
         When to stop.
+    relaxed
+        Where the layer's plain relaxation is about least, the part of this row, ``[d]``.
     """
     program = BinaryProgram.priced(problem, row, price)
     target = program.objective((~mask[row]).double().cpu().numpy())
     # The priced loss may be near 0, so its gap is measured against the row's own loss.
     share = mean / max(abs(target), 1e-300)
     effort = replace(effort, triangles_above=effort.triangles_above * share)
-    return program, strengthen(program, target, effort, rel_gap=rel_gap * share)
+    found = strengthen(program, target, effort, rel_gap=rel_gap * share, relaxed=relaxed)
+    return program, found
 
 
 def marginal_prices(problem: MaskProblem, mask: Tensor) -> tuple[float, float]:
@@ -87,7 +93,7 @@ def fitted_price(
     problem: MaskProblem,
     mask: Tensor,
     pilot: Sequence[int],
-    seconds: float,
+    clock: Clock,
 ) -> float:
     """A price at which the relaxed counts of some rows are those of a mask.
 
@@ -100,8 +106,8 @@ def fitted_price(
         The layer, and the best mask known, bool ``[rows, d]``.
     pilot
         Rows whose duals are tried.
-    seconds
-        For all of it, about.
+    clock
+        For all of it.
     """
     low, high = sorted(marginal_prices(problem, mask))
     price = (low + high) / 2
@@ -110,17 +116,18 @@ def fitted_price(
     wanted = float((~mask[list(pilot)]).sum())
     workers = threads(problem)
     turns = _EVALUATIONS * -(-len(pilot) // workers)
-    effort = Effort(_ROUNDS, seconds / turns, least_gain=0.02, triangles_above=np.inf)
     below: tuple[float, float] | None = None
     above: tuple[float, float] | None = None
     best_value, best = -np.inf, price
-    clock = Clock(seconds)
+    most = clock.remaining / turns
     for _ in range(_EVALUATIONS):
+
+        def priced(row: int, price: float = price) -> Bounded:
+            effort = Effort(_ROUNDS, clock.part(1.0, most), 0.02, triangles_above=np.inf)
+            return bound_row(problem, mask, row, price, mean, 1e-3, effort)[1]
+
         with ThreadPoolExecutor(workers) as pool:
-            priced = partial(
-                bound_row, problem, mask, price=price, mean=mean, rel_gap=1e-3, effort=effort
-            )
-            found = [one for _, one in pool.map(priced, pilot)]
+            found = list(pool.map(priced, pilot))
         value = price * wanted + sum(one.bound for one in found)
         if value > best_value:
             best_value, best = value, price
@@ -140,11 +147,16 @@ def fitted_price(
     return best
 
 
-def shares(problem: MaskProblem, mask: Tensor, price: float, bounds: Sequence[float]) -> Tensor:
-    """Bounds of the priced rows as bounds of the rows' losses, float64 ``[rows]``.
+def layer_bound(pruned: int, price: float, bounds: Sequence[float]) -> float:
+    """What priced rows prove of the layer: ``sum of bounds + price * pruned``, rounded down.
 
-    ``B_r + price * pruned_r``: none above its objective, and rigorous in their sum.
+    Parameters
+    ----------
+    pruned
+        S, the weights that every allowed mask prunes.
+    price, bounds
+        ``lambda``, and of every row a bound on ``f_r(x) - lambda 1^T x``.
     """
-    pruned = (~mask).sum(dim=1).double()
-    found = torch.tensor(bounds, dtype=torch.float64, device=pruned.device) + price * pruned
-    return torch.minimum(found, problem.objective(mask))
+    paid = price * pruned
+    terms = math.fsum(abs(bound) for bound in bounds) + abs(paid)
+    return math.fsum([*bounds, paid]) - gamma(4) * terms

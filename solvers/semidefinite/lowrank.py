@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..pattern import CellPattern
 from ..problem import MaskProblem
 from .cuts import FAMILIES, Array, Cuts
@@ -247,6 +248,8 @@ class LowRank:
 
     Attributes
     ----------
+    rows
+        As given.
     cuts
         Those in use.
     sigma, slack
@@ -259,7 +262,7 @@ class LowRank:
     """
 
     def __init__(self, rows: Rows, pruned: Tensor, loss: Tensor, rank: int, seed: int) -> None:
-        self._rows = rows
+        self.rows = rows
         count, d = rows.shape
         self._weight, self._gram = rows.weight.float(), rows.gram.float()
         summed = rows.weight * (rows.weight @ rows.gram)
@@ -285,9 +288,9 @@ class LowRank:
         relaxed: Tensor = (1 + self._z[:, :, 0]) / 2
         return relaxed
 
-    def round(self, iterations: int) -> None:
-        """Minimise for fixed multipliers, then take the new ones."""
-        self._minimise(iterations)
+    def round(self, iterations: int, clock: Clock | None = None) -> None:
+        """Minimise for fixed multipliers until the clock expires, then take the new ones."""
+        self._minimise(iterations, clock or Clock())
         self._balance = self._balance + self._rho[:, None, None] * self._imbalance(self._z)
         if len(self.cuts):
             self.cuts.multiplier = self.cuts.penalised(self._z, self.sigma, self.slack)
@@ -339,7 +342,7 @@ class LowRank:
             ``M`` less the cuts; ``D`` of ``z_i^2 = 1`` for i = 0 to d; a constant, such that
             ``loss >= constant + sum(D) + z^T (M - Diag(D)) z``; the cuts and their multipliers.
         """
-        form, constant = self._rows.form(row)
+        form, constant = self.rows.form(row)
         cuts, multiplier = self.cuts.of_row(row)
         chosen = (self.cuts.row == row) & (self.cuts.multiplier > 0)
         u = self.cuts.multiplier[chosen].double()
@@ -356,8 +359,8 @@ class LowRank:
         z[1:] = self._z[row]
         force = self._balance[row].double() / 2
         product = form @ z
-        product[1:] += force.repeat_interleave(self._rows.width, dim=0)
-        product[0] -= self._rows.total * force.sum(dim=0)
+        product[1:] += force.repeat_interleave(self.rows.width, dim=0)
+        product[0] -= self.rows.total * force.sum(dim=0)
         return form, (product * z).sum(dim=1), constant, cuts, multiplier
 
     def products(self, row: int) -> Tensor:
@@ -370,8 +373,8 @@ class LowRank:
     def _imbalance(self, z: Tensor) -> Tensor:
         """``sum of z_i - t z_0`` in every cell, ``[rows, cells, rank]``."""
         count, _, rank = z.shape
-        sums = z.view(count, -1, self._rows.width, rank).sum(dim=2)
-        sums[:, :, 0] -= self._rows.total
+        sums = z.view(count, -1, self.rows.width, rank).sum(dim=2)
+        sums[:, :, 0] -= self.rows.total
         return sums
 
     def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -386,7 +389,7 @@ class LowRank:
         value = (half * z).sum(dim=(1, 2)) + 2 * (self._border * z[:, :, 0]).sum(dim=1)
         value += ((self._balance + force) * imbalance).sum(dim=(1, 2)) / 2
         half[:, :, 0] += self._border
-        half += (force / 2).repeat_interleave(self._rows.width, dim=1)
+        half += (force / 2).repeat_interleave(self.rows.width, dim=1)
         if len(self.cuts):
             multiplier = self.cuts.penalised(z, self.sigma, self.slack)
             value.index_add_(
@@ -395,13 +398,15 @@ class LowRank:
             self.cuts.add_gradient(multiplier, z, half)
         return value, half
 
-    def _minimise(self, iterations: int) -> None:
+    def _minimise(self, iterations: int, clock: Clock) -> None:
         """L-BFGS on the spheres, all rows in step, each with its own step length."""
         z = self._z
         value, half = self._evaluate(z)
         gradient = _tangent(z, 2 * half)
         moves: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(iterations):
+            if clock.expired:
+                break
             direction = -_tangent(z, self._preconditioned(gradient, half, z, moves))
             slope = _inner(direction, gradient)
             uphill = slope >= 0
@@ -456,12 +461,12 @@ class LowRank:
     def _inverse(self, scale: Tensor, vector: Tensor) -> Tensor:
         """``(Diag(scale) + rho N N^T)^-1``: the counts' penalty is the stiffest part."""
         count, _, rank = vector.shape
-        cells = (count, -1, self._rows.width)
+        cells = (count, -1, self.rows.width)
         divided = vector / scale[:, :, None]
         freedom = (1 / scale).view(cells).sum(dim=2)
         factor = self._rho[:, None] / (1 + self._rho[:, None] * freedom)
         sums = divided.view(*cells, rank).sum(dim=2) * factor[:, :, None]
-        return divided - sums.repeat_interleave(self._rows.width, dim=1) / scale[:, :, None]
+        return divided - sums.repeat_interleave(self.rows.width, dim=1) / scale[:, :, None]
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:

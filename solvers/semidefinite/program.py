@@ -89,6 +89,12 @@ class BinaryProgram:
         """Trace of Q plus the linear costs' magnitude: what losses are measured against."""
         return float(np.trace(self.quadratic) + np.abs(self.linear).sum())
 
+    @property
+    def magnitude(self) -> float:
+        """``sum |Q_ij| + sum |l_i| + |c|``: no partial sum of an objective exceeds it."""
+        total = np.abs(self.quadratic).sum() + np.abs(self.linear).sum() + abs(self.constant)
+        return float(total)
+
     def scaled(self, factor: float) -> BinaryProgram:
         """The same program with all losses multiplied."""
         return BinaryProgram(
@@ -153,9 +159,3 @@ class BinaryProgram:
             indicator[np.arange(self.inputs), self.cell] = 1.0
             indicator /= np.linalg.norm(indicator, axis=0)
         return indicator
-
-
-def independent_parts(problem: MaskProblem) -> list[list[int]]:
-    """Rows that must be solved together: one by one, or all where they share a budget."""
-    rows = range(problem.shape[0])
-    return [list(rows)] if problem.pattern.coupled else [[row] for row in rows]

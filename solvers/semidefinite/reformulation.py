@@ -46,6 +46,7 @@ def reformulate(
     *,
     unit: float,
     rel_gap: float,
+    relaxed: Array | None = None,
     improved: Callable[[Array], float] | None = None,
 ) -> Reformulation:
     """Reformulate a program by its semidefinite dual.
@@ -56,12 +57,14 @@ def reformulate(
         A row, or a small layer with one budget.
     incumbent
         Loss of the best ``x`` known.
-    effort, rel_gap, improved
+    effort, rel_gap, relaxed, improved
         When the dual ascent stops, and what it does on its way: see `strengthen`.
     unit
         Loss that counts as 1 in the form.
     """
-    found = strengthen(program, incumbent, effort, rel_gap=rel_gap, improved=improved)
+    found = strengthen(
+        program, incumbent, effort, rel_gap=rel_gap, relaxed=relaxed, improved=improved
+    )
     multipliers = found.witness.multipliers.scaled(1 / unit)
     form = ConvexForm.of(program.scaled(1 / unit), multipliers)
     return Reformulation(form, found.relaxed, found.bound)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..certificate import Certificate
 from ..clock import Clock
 from ..errors import InvalidInput
 from ..pattern import CellPattern
 from ..problem import MaskProblem
 from ..registry import register
-from ..solution import MaskSolution, Status, TracePoint, shared_out
-from ..solver import Callback, Outcome, Progress, Search, Solver
+from ..solution import Evidence, Status
+from ..solver import Outcome, Search, Solver
+from ..standing import Incumbent, Standing
 from ..swap import Swap
 from .ascent import Bounded, Effort, ascend, strengthen
 from .cuts import Array
-from .layer import bound_row, fitted_price, shares, threads
-from .program import BinaryProgram, independent_parts
+from .dual import Iterate, Multipliers
+from .layer import bound_row, fitted_price, layer_bound, threads
+from .program import BinaryProgram
 from .wide import strengthen_batch
 from .witness import Witness, certificate
 
@@ -37,6 +39,12 @@ _LEAST_GAIN = 0.02
 _DEEPEN_SECONDS = 15.0
 """Least time per row, at 1000 inputs, in which a few rounds by eigenvalues can be made."""
 
+_STRICTER = 0.99
+"""Share of the gap asked for at which a row is finished: its certificate claims a little less."""
+
+_LARGEST_PROGRAM = 4000
+"""Weights of a layer that is one dense program, at most (128 MiB a matrix)."""
+
 
 @register
 @dataclass(frozen=True)
@@ -44,9 +52,9 @@ class Semidefinite(Solver):
     """Bounds from the semidefinite relaxation with cuts; masks by rounding it, then swaps.
 
     Row by row. Where rows share a budget, a small layer is taken at once, and a larger one falls
-    into rows by a price of pruned weights (`solvers.semidefinite.layer`); only the sum of the
-    rows' bounds is one then. Each bound is proven by a `Witness`, apart from any tolerance;
-    `solvers.certificate` keeps them.
+    into rows by a price of pruned weights (`solvers.semidefinite.layer`). Each bound is proven by
+    a `Witness`, apart from any tolerance; `solvers.certificate` keeps them. Rows that the time
+    does not reach have the bound of the plain relaxation, without a witness.
 
     Parameters
     ----------
@@ -71,7 +79,7 @@ class Semidefinite(Solver):
     Notes
     -----
     ``stats``: ``rounds``, ``evaluations`` and ``cuts`` (summed over rows), and ``price`` if the
-    layer was decomposed. A row without a start begins at Wanda + swaps.
+    layer was decomposed (None if the time did not reach it).
     """
 
     rel_gap: float = 1e-4
@@ -99,174 +107,145 @@ class Semidefinite(Solver):
         if self.batch < 1 or self.wide_from < 1:
             raise InvalidInput("batch and wide_from count rows and inputs; give 1 or more.")
 
-    def _search(self, search: Search) -> Outcome:
-        problem, start, clock = search.problem, search.start, search.clock
-        assert start is not None
+    def prepare(self, device: torch.device) -> None:
+        import threadpoolctl  # noqa: F401
+
+        Swap().prepare(device)
+
+    def refuse(self, problem: MaskProblem) -> str | None:
+        if not problem.pattern.coupled or self._decomposes(problem):
+            return None
+        return too_large(self.name, problem, "decompose=True takes it row by row")
+
+    def _decomposes(self, problem: MaskProblem) -> bool:
+        """Whether a layer with one budget falls into rows."""
         large = problem.weight.numel() >= _DECOMPOSED_FROM
-        if problem.pattern.coupled and (large if self.decompose is None else self.decompose):
-            return self._search_decomposed(problem, start, clock, search.callback)
-        best = Swap().solve(problem, start=start)
-        mask, objective = best.mask.clone(), best.objective.clone()
-        rows = _RowResults(problem, mask, objective, clock, search.callback)
-        if problem.shape[1] >= self.wide_from and not problem.pattern.coupled:
-            self._bound_batches(rows, search.seed)
+        return large if self.decompose is None else self.decompose
+
+    def _search(self, search: Search) -> Outcome:
+        standing = Standing(search)
+        problem = search.problem
+        found: list[Bounded] = []
+        stats: dict[str, Any] = {}
+        if problem.pattern.coupled and self._decomposes(problem):
+            found, stats["price"] = self._bound_layer(standing)
+        elif problem.shape[1] >= self.wide_from and not problem.pattern.coupled:
+            found = self._bound_batches(standing, search.seed)
         else:
-            self._bound_parts(rows)
-        gap = rows.objective - rows.bound
-        closed = bool((gap <= self.rel_gap * rows.objective.abs() + 1e-300).all())
-        status = Status.OPTIMAL if closed else Status.FEASIBLE
-        end = TracePoint(clock.seconds, float(rows.objective.sum()), float(rows.bound.sum()))
-        return Outcome(
-            mask=rows.mask,
-            status=Status.TIME_LIMIT if clock.expired and not closed else status,
-            bound=rows.bound,
-            stats={
-                "rounds": sum(one.rounds for one in rows.found),
-                "evaluations": sum(one.evaluations for one in rows.found),
-                "cuts": sum(len(one.witness.multipliers.cuts) for one in rows.found),
-            },
-            trace=[*rows.trace[:-1], end],
-            certificates=rows.certificates,
+            found = self._bound_parts(standing)
+        stats |= {
+            "rounds": sum(one.rounds for one in found),
+            "evaluations": sum(one.evaluations for one in found),
+            "cuts": sum(len(one.witness.multipliers.cuts) for one in found),
+        }
+        return standing.outcome(Status.FEASIBLE, stats)
+
+    def _effort(self, clock: Clock) -> Effort:
+        return Effort(
+            max_rounds=self.rounds,
+            clock=clock,
+            least_gain=_LEAST_GAIN,
+            triangles_above=self.triangles_above,
         )
 
-    def _bound_parts(self, rows: _RowResults) -> None:
+    def _bound_parts(self, standing: Standing) -> list[Bounded]:
         """Rows (or a small layer) by eigenvalues, several at a time."""
-        problem, clock = rows.problem, rows.clock
-        parts, workers = independent_parts(problem), threads(problem)
+        problem, clock, units = standing.problem, standing.clock, standing.units
+        workers = threads(problem)
 
-        def bounded(at: int) -> tuple[BinaryProgram, Incumbent, Bounded]:
-            incumbent = rows.incumbent(parts[at])
+        def bounded(unit: int) -> tuple[BinaryProgram, Incumbent, Bounded] | None:
+            if clock.expired:
+                return None
+            rows = units[unit]
+            part = clock.part(1 / -(-(len(units) - unit) // workers), self.row_seconds)
+            incumbent = Incumbent(problem.rows(rows), standing.mask[rows], part)
             program = BinaryProgram.of(incumbent.problem)
-            turns = -(-(len(parts) - at) // workers)
             result = strengthen(
                 program,
                 incumbent.total,
-                Effort(
-                    max_rounds=self.rounds,
-                    seconds=min(self.row_seconds, clock.remaining / turns),
-                    least_gain=_LEAST_GAIN,
-                    triangles_above=self.triangles_above,
-                ),
-                rel_gap=self.rel_gap,
+                self._effort(part),
+                rel_gap=_STRICTER * self.rel_gap,
+                relaxed=standing.relaxed[rows].flatten().cpu().numpy(),
                 improved=incumbent.improve,
             )
             return program, incumbent, result
 
+        found = []
         with ThreadPoolExecutor(workers) as pool:
-            for part, answer in zip(parts, pool.map(bounded, range(len(parts))), strict=True):
-                rows.finish(part, *answer)
+            for unit, answer in enumerate(pool.map(bounded, range(len(units)))):
+                if answer is not None:
+                    program, incumbent, result = answer
+                    _finish(standing, unit, program, incumbent.mask, result)
+                    found.append(result)
+        return found
 
-    def _bound_batches(self, rows: _RowResults, seed: int) -> None:
+    def _bound_batches(self, standing: Standing, seed: int) -> list[Bounded]:
         """Wide rows, side by side; each may then be deepened alone."""
-        count, clock = len(rows.mask), rows.clock
-        for at in range(0, count, self.batch):
-            part = list(range(at, min(at + self.batch, count)))
-            incumbent = rows.incumbent(part)
-            share = clock.remaining * len(part) / (count - at)
-            seconds = min(self.row_seconds * len(part), share)
-            until = clock.seconds + seconds
+        clock, found = standing.clock, []
+        for row in standing.closed(self.rel_gap).nonzero().flatten().tolist():
+            found.append(_prove_relaxation(standing, row))
+        wanted = (~standing.closed(self.rel_gap)).nonzero().flatten().tolist()
+        for at in range(0, len(wanted), self.batch):
+            rows = wanted[at : at + self.batch]
+            if clock.expired:
+                break
+            share = clock.part(len(rows) / (len(wanted) - at), self.row_seconds * len(rows))
+            problem = standing.problem.rows(rows)
             batch = strengthen_batch(
-                incumbent.problem,
-                ~incumbent.mask,
-                incumbent.objective,
+                problem,
+                ~standing.mask[rows],
+                standing.objective[rows],
+                clock=share,
                 rel_gap=self.rel_gap,
                 max_rounds=self.rounds,
-                seconds=seconds,
                 least_gain=_LEAST_GAIN,
                 seed=seed,
             )
-            rounded = rows.problem.pattern.round(1 - batch.relaxed)
-            rows.improve(part, Swap().solve(incumbent.problem, start=rounded))
-            for place, row in enumerate(part):
-                incumbent = rows.incumbent([row])
+            if not clock.expired:
+                rounded = problem.pattern.round(1 - batch.relaxed)
+                swapped = Swap().solve(problem, start=rounded, time_limit=clock.limit)
+                standing.offer(rows, swapped.mask)
+            for place, (row, result) in enumerate(zip(rows, batch.bounded, strict=True)):
+                if result is None:
+                    if not clock.expired:
+                        found.append(_prove_relaxation(standing, row))
+                    continue
+                turn = share.part(1 / (len(rows) - place))
+                incumbent = Incumbent(problem.rows([place]), standing.mask[[row]], turn)
                 program = BinaryProgram.of(incumbent.problem)
-                share = (until - clock.seconds) / (len(part) - place)
-                deeper = self._deepened(program, incumbent, batch.bounded[place], share)
-                rows.finish([row], program, incumbent, deeper)
-
-    def _search_decomposed(
-        self, problem: MaskProblem, start: Tensor, clock: Clock, callback: Callback | None
-    ) -> Outcome:
-        """Bound a layer with one budget by its rows at a price."""
-        rows = len(start)
-        best = Swap().solve(problem, start=start)
-        incumbent = Incumbent(problem, best.mask, best.objective)
-        trace = [TracePoint(clock.seconds, incumbent.total)]
-        workers = threads(problem)
-        price = self.price
-        if price is None:
-            pilot = sorted({at * rows // _PILOT for at in range(_PILOT)})
-            seconds = min(len(pilot) * self.row_seconds / 2, max(0.2 * clock.remaining, 1e-3))
-            price = fitted_price(problem, best.mask, pilot, seconds)
-        mean = incumbent.total / rows
-
-        def bounded(row: int) -> tuple[BinaryProgram, Bounded]:
-            turns = -(-(rows - row) // workers)
-            effort = Effort(
-                max_rounds=self.rounds,
-                seconds=min(self.row_seconds, clock.remaining / turns),
-                least_gain=_LEAST_GAIN,
-                triangles_above=self.triangles_above,
-            )
-            return bound_row(problem, best.mask, row, price, mean, self.rel_gap, effort)
-
-        found: list[tuple[BinaryProgram, Bounded]] = []
-        with ThreadPoolExecutor(workers) as pool:
-            for answer in pool.map(bounded, range(rows)):
-                found.append(answer)
-                if callback is not None:
-                    callback(Progress(len(found), rows, clock.seconds))
-        incumbent.improve(np.concatenate([one.relaxed for _, one in found]))
-        mask, objective = incumbent.mask, incumbent.objective
-        bound = shares(problem, mask, price, [one.bound for _, one in found])
-        total, gap = incumbent.total, incumbent.total - float(bound.sum())
-        trace.append(TracePoint(clock.seconds, total, float(bound.sum())))
-        closed = gap <= self.rel_gap * abs(total) + 1e-300
-        status = Status.OPTIMAL if closed else Status.FEASIBLE
-        kept = mask.cpu().numpy()
-        return Outcome(
-            mask=mask,
-            status=Status.TIME_LIMIT if clock.expired and not closed else status,
-            bound=torch.minimum(bound, objective),
-            stats={
-                "rounds": sum(one.rounds for _, one in found),
-                "evaluations": sum(one.evaluations for _, one in found),
-                "cuts": sum(len(one.witness.multipliers.cuts) for _, one in found),
-                "price": price,
-            },
-            trace=trace,
-            certificates=[
-                certificate(row, kept[row], program, one.witness, price)
-                for row, (program, one) in enumerate(found)
-            ],
-        )
+                x = standing.relaxed[row].cpu().numpy()
+                deeper = self._deepened(program, incumbent, result, x, turn)
+                _finish(standing, row, program, incumbent.mask, deeper)
+                found.append(deeper)
+        return found
 
     def _deepened(
         self,
         program: BinaryProgram,
         incumbent: Incumbent,
         found: Bounded,
-        seconds: float,
+        relaxed: Array,
+        clock: Clock,
     ) -> Bounded:
         """A row's bound after more work by eigenvalues, with triangles, where time is left for it.
 
-        The low-rank search ends at the pairwise cuts, a little relaxed.
+        The low-rank search ends at the pairwise cuts, a little relaxed. In too little time it
+        may end below the plain relaxation, whose witness then stands.
         """
         gap = incumbent.total - found.bound
-        enough = seconds > _DEEPEN_SECONDS * (program.inputs / 1000) ** 2
-        if program.size == 0 or not enough or gap <= self.triangles_above * abs(incumbent.total):
+        if program.size == 0 or gap <= self.triangles_above * abs(incumbent.total):
+            return found
+        plain = Witness.near(program, Multipliers.of_relaxation(program, relaxed))
+        if (bound := plain.bound(program)) > found.bound:
+            found = replace(found, bound=bound, witness=plain)
+        if clock.remaining <= _DEEPEN_SECONDS * (program.inputs / 1000) ** 2:
             return found
         size = program.size
         deeper = ascend(
             program.scaled(1 / size),
             incumbent.total / size,
-            Effort(
-                max_rounds=self.rounds,
-                seconds=seconds,
-                least_gain=_LEAST_GAIN,
-                triangles_above=self.triangles_above,
-            ),
-            rel_gap=self.rel_gap,
+            self._effort(clock),
+            rel_gap=_STRICTER * self.rel_gap,
             start=found.last,
             improved=lambda x: incumbent.improve(x) / size,
         )
@@ -274,90 +253,83 @@ class Semidefinite(Solver):
         deeper = replace(deeper, bound=witness.bound(program), witness=witness)
         return deeper if deeper.bound > found.bound else found
 
+    def _bound_layer(self, standing: Standing) -> tuple[list[Bounded], float | None]:
+        """Bound a layer with one budget by its rows at a price."""
+        problem, clock, rows = standing.problem, standing.clock, len(standing.mask)
+        mask, workers, price = standing.mask.clone(), threads(problem), self.price
+        if price is None and not clock.expired:
+            pilot = sorted({at * rows // _PILOT for at in range(_PILOT)})
+            price = fitted_price(
+                problem, mask, pilot, clock.part(0.2, len(pilot) * self.row_seconds / 2)
+            )
+        mean = standing.total / rows
 
-class _RowResults:
-    """What a search knows of its rows so far.
+        def bounded(row: int) -> tuple[BinaryProgram, Bounded] | None:
+            if clock.expired or price is None:
+                return None
+            part = clock.part(1 / -(-(rows - row) // workers), self.row_seconds)
+            x, rel_gap = standing.relaxed[row].cpu().numpy(), _STRICTER * self.rel_gap
+            return bound_row(problem, mask, row, price, mean, rel_gap, self._effort(part), x)
 
-    Attributes
-    ----------
-    mask, objective, bound
-        Bool ``[rows, d]``, float64 ``[rows]``, float64 ``[rows]``.
-    found, certificates, trace
-        In the order in which rows were finished.
-    """
-
-    def __init__(
-        self,
-        problem: MaskProblem,
-        mask: Tensor,
-        objective: Tensor,
-        clock: Clock,
-        callback: Callback | None,
-    ) -> None:
-        self.problem, self.mask, self.objective = problem, mask, objective
-        self.clock, self._callback = clock, callback
-        self.bound = torch.zeros_like(objective)
-        self.found: list[Bounded] = []
-        self.certificates: list[Certificate] = []
-        self.trace = [TracePoint(clock.seconds, float(objective.sum()))]
-
-    def incumbent(self, rows: list[int]) -> Incumbent:
-        """The best masks of some rows."""
-        return Incumbent(self.problem.rows(rows), self.mask[rows], self.objective[rows])
-
-    def improve(self, rows: list[int], solution: MaskSolution) -> None:
-        """Take over the rows' masks that are better."""
-        better = solution.objective < self.objective[rows]
-        self.mask[rows] = solution.mask.where(better[:, None], self.mask[rows])
-        self.objective[rows] = torch.minimum(solution.objective, self.objective[rows])
-
-    def finish(
-        self, rows: list[int], program: BinaryProgram, incumbent: Incumbent, result: Bounded
-    ) -> None:
-        """Rows that were bounded together are done."""
-        self.mask[rows], self.objective[rows] = incumbent.mask, incumbent.objective
-        self.bound[rows] = incumbent.spread(result.bound)
-        self.found.append(result)
-        if not self.problem.pattern.coupled:
-            kept = incumbent.mask[0].cpu().numpy()
-            self.certificates.append(certificate(rows[0], kept, program, result.witness))
-        self.trace.append(TracePoint(self.clock.seconds, float(self.objective.sum())))
-        if self._callback is not None:
-            self._callback(Progress(rows[-1] + 1, len(self.mask), self.clock.seconds))
+        found = []
+        with ThreadPoolExecutor(workers) as pool:
+            for answer in pool.map(bounded, range(rows)):
+                if answer is not None:
+                    found.append(answer)
+                    standing.note(len(found))
+        if price is None or len(found) < rows:  # without one of the rows nothing is proven
+            return [], price
+        if not clock.expired:
+            incumbent = Incumbent(problem, standing.mask, clock)
+            incumbent.improve(np.concatenate([one.relaxed for _, one in found]))
+            standing.offer(slice(None), incumbent.mask)
+        kept = standing.mask.cpu().numpy()
+        certificates = [
+            certificate(row, kept[row], program, one.witness, price)
+            for row, (program, one) in enumerate(found)
+        ]
+        bound = layer_bound(int((~mask).sum()), price, [one.bound for one in certificates])
+        standing.raise_bound(0, bound, Evidence.CERTIFIED, certificates)
+        return [one for _, one in found], price
 
 
-class Incumbent:
-    """Best mask of some rows, improved by rounding relaxed points and swapping from there.
+def too_large(solver: str, problem: MaskProblem, instead: str) -> str | None:
+    """Why a layer cannot be one dense program, in a sentence; None if it can."""
+    weights = problem.weight.numel()
+    if weights <= _LARGEST_PROGRAM:
+        return None
+    size = 8 * weights**2 / 2**30
+    return (
+        f"Solver '{solver}' takes rows that share a budget as one program of {weights} weights, "
+        f"whose matrix alone would need {size:.1f} GiB; {instead}."
+    )
 
-    Attributes
-    ----------
-    problem
-        The rows.
-    mask, objective
-        Of the best mask so far: bool ``[rows, d]``, float64 ``[rows]``.
-    """
 
-    def __init__(self, problem: MaskProblem, mask: Tensor, objective: Tensor) -> None:
-        self.problem, self.mask, self.objective = problem, mask, objective
-        self._tried: set[bytes] = set()
+def _prove_relaxation(standing: Standing, row: int) -> Bounded:
+    """The witness of the plain relaxation, for a row that needs no more."""
+    program = BinaryProgram.of(standing.problem.rows([row]))
+    x = standing.relaxed[row].cpu().numpy()
+    witness = Witness.near(program, Multipliers.of_relaxation(program, x))
+    at = Iterate.zero(program.inputs)
+    result = Bounded(witness.bound(program), witness, at, x, rounds=0, evaluations=0)
+    _finish(standing, row, program, standing.mask[[row]], result)
+    return result
 
-    @property
-    def total(self) -> float:
-        """Summed objective."""
-        return float(self.objective.sum())
 
-    def improve(self, relaxed: Array) -> float:
-        """Round a relaxed ``x`` (1 = pruned, flat), swap, and return the best total so far."""
-        kept = torch.from_numpy(1.0 - relaxed).view(self.problem.shape).to(self.problem.device)
-        start = self.problem.pattern.round(kept)
-        key = np.packbits(start.cpu().numpy()).tobytes()
-        if key not in self._tried:
-            self._tried.add(key)
-            solution = Swap(dtype="float64").solve(self.problem, start=start)
-            if float(solution.objective.sum()) < self.total:
-                self.mask, self.objective = solution.mask, solution.objective
-        return self.total
-
-    def spread(self, bound: float) -> Tensor:
-        """A bound of the total as bounds of the rows, none above its objective."""
-        return shared_out(bound, self.objective)
+def _finish(
+    standing: Standing,
+    unit: int,
+    program: BinaryProgram,
+    mask: Tensor,
+    result: Bounded,
+) -> None:
+    """A unit is done: take over its mask, its bound and, for a row of its own, its certificate."""
+    rows = standing.units[unit]
+    standing.offer(rows, mask)
+    if standing.coupled:
+        standing.raise_bound(unit, result.bound, Evidence.GUARDED)
+    else:
+        kept = standing.mask[unit].cpu().numpy()
+        proof = certificate(unit, kept, program, result.witness)
+        standing.raise_bound(unit, proof.bound, Evidence.CERTIFIED, [proof])
+    standing.note(rows[-1] + 1)

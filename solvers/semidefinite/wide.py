@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..problem import MaskProblem
 from .ascent import Bounded
 from .barrier import feasible_lengths
@@ -42,12 +43,12 @@ class Batch:
     Attributes
     ----------
     bounded
-        Per row.
+        Per row; None where the time was up before.
     relaxed
         Relaxed x (1 = pruned), ``[rows, d]``.
     """
 
-    bounded: list[Bounded]
+    bounded: list[Bounded | None]
     relaxed: Tensor
 
 
@@ -56,9 +57,9 @@ def strengthen_batch(
     pruned: Tensor,
     loss: Tensor,
     *,
+    clock: Clock,
     rel_gap: float,
     max_rounds: int,
-    seconds: float,
     least_gain: float,
     seed: int = 0,
 ) -> Batch:
@@ -70,31 +71,31 @@ def strengthen_batch(
         Rows that do not share a budget, on any device.
     pruned, loss
         The best x known, bool ``[rows, d]``, and what it costs, float64 ``[rows]``.
+    clock
+        For all rows together.
     rel_gap
         Newton steps end when what they can still gain is less than a tenth of this share of the
         loss (but not below 1e-4 of it).
-    max_rounds, seconds
-        Limits for all rows together; at least one round is made, and bounds are proven after it.
+    max_rounds
+        Most rounds.
     least_gain
         Stop when six rounds move no row's value by this share of its gap.
     seed
         Of the vectors at the start.
     """
-    began = time.perf_counter()
     rows = Rows.of(problem)
     count, d = rows.shape
     normals = rows.normals()
-    kept_back = min(_LAST_SHARE * seconds, count * _NEWTON_STEPS * _newton_seconds(d, normals))
+    newton = count * _NEWTON_STEPS * _newton_seconds(d, normals)
+    first = clock.part(1.0, max(clock.remaining - newton, (1 - _LAST_SHARE) * clock.remaining))
     search = LowRank(rows, pruned, loss / rows.size, rank_for(d), seed)
     search.slack = _SLACK
     target = loss / rows.size
     values: list[Tensor] = []
     rounds = 0
-    while rounds < max_rounds:
-        search.round(max(_LEAST_ITERATIONS, d // 40))
+    while rounds < max_rounds and not first.expired:
+        search.round(max(_LEAST_ITERATIONS, d // 40), first)
         rounds += 1
-        if time.perf_counter() - began >= seconds - kept_back:
-            break
         values.append(search.value)
         if len(values) > _PLAIN_ROUNDS + _STALL_ROUNDS:
             moved = (values[-1] - values[-1 - _STALL_ROUNDS]).abs()
@@ -103,10 +104,12 @@ def strengthen_batch(
         if rounds >= _PLAIN_ROUNDS and rounds < max_rounds:
             search.sigma = min(32.0, _SIGMA / d) * search.unit
             search.separate(10 * d)
-    found = []
+    found: list[Bounded | None] = []
     for row in range(count):
-        turn = time.perf_counter() + (began + seconds - time.perf_counter()) / (count - row)
-        found.append(_proven(problem, rows, search, row, normals, rel_gap, turn, rounds))
+        turn = clock.part(1 / (count - row))
+        found.append(
+            None if clock.expired else _proven(problem, search, row, normals, rel_gap, turn, rounds)
+        )
     return Batch(found, search.relaxed)
 
 
@@ -125,12 +128,11 @@ def _newton_seconds(d: int, normals: Tensor) -> float:
 
 def _proven(
     problem: MaskProblem,
-    rows: Rows,
     search: LowRank,
     row: int,
     normals: Tensor,
     rel_gap: float,
-    deadline: float,
+    clock: Clock,
     rounds: int,
 ) -> Bounded:
     """Multipliers of one row made feasible, and proven."""
@@ -138,7 +140,8 @@ def _proven(
     matrix = projected(search.products(row).cpu().numpy(), program.normals())
     if program.size == 0:
         zero = Multipliers.zero(program.inputs)
-        return Bounded(0.0, Witness(zero, 0.0), Iterate(zero, matrix), rounds, search.evaluations)
+        at, x = Iterate(zero, matrix), program.centre()
+        return Bounded(0.0, Witness.of(program, zero), at, x, rounds, search.evaluations)
     form, lengths, constant, cuts, multiplier = search.multipliers(row)
     feasible, _ = feasible_lengths(
         form,
@@ -146,22 +149,17 @@ def _proven(
         normals,
         tolerance=max(1e-4, 0.1 * rel_gap) * float(search.unit[row]) * len(lengths),
         steps=_NEWTON_STEPS,
-        expired=lambda: time.perf_counter() >= deadline,
+        expired=lambda: clock.expired,
     )
     # D z_i^2 = D is 4 D x_i^2 = 4 D x_i in terms of x; the constants make up gamma.
     offset = float(feasible.sum()) + constant + float(FAMILIES[cuts.family, 6] @ multiplier)
     multipliers = Multipliers(offset, 4 * feasible[1:].cpu().numpy(), cuts, multiplier)
-    size = float(rows.size[row])
-    witness = Witness.near(program, multipliers.scaled(size))
-    bound = witness.bound(program)
-    if bound < 0:  # too little time: the loss itself, which is convex, is above zero
-        plain = Witness.near(program, Multipliers.zero(program.inputs))
-        if (plain_bound := plain.bound(program)) > bound:
-            witness, bound = plain, plain_bound
+    witness = Witness.near(program, multipliers.scaled(float(search.rows.size[row])))
     return Bounded(
-        bound=bound,
+        bound=witness.bound(program),
         witness=witness,
         last=Iterate(multipliers, matrix),
+        relaxed=matrix[0, 1:],
         rounds=rounds,
         evaluations=search.evaluations,
     )

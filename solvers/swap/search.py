@@ -17,7 +17,7 @@ from ..errors import InvalidInput
 from ..pattern import CellPattern
 from ..registry import register
 from ..solution import Status, TracePoint
-from ..solver import Outcome, Progress, Search, Solver
+from ..solver import Outcome, Progress, Search, Solver, warm_up
 from .across import AcrossRows
 from .rows import RowKernel, RowResult, ScaledRows
 
@@ -84,6 +84,9 @@ class Swap(Solver):
             raise InvalidInput(f"dtype '{self.dtype}' is neither float32 nor float64.")
         if self.kernel not in ("auto", *_KERNELS):
             raise InvalidInput(f"kernel '{self.kernel}' is none of auto, {', '.join(_KERNELS)}.")
+
+    def prepare(self, device: torch.device) -> None:
+        warm_up(Swap(), device)
 
     def _search(self, search: Search) -> Outcome:
         return _Run(self, search).outcome()

@@ -16,7 +16,7 @@ from ..pattern import NM, PerLayer, PerRow
 from ..problem import MaskProblem
 from ..registry import register
 from ..solution import Status, TracePoint
-from ..solver import Callback, Outcome, Progress, Search, Solver
+from ..solver import Callback, Outcome, Progress, Search, Solver, warm_up
 from ..swap import Swap
 from ..swap.rows import ScaledRows
 
@@ -70,6 +70,10 @@ class Tabu(Solver):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name}={getattr(self, name)} must be at least 1.")
 
+    def prepare(self, device: torch.device) -> None:
+        Swap().prepare(device)
+        warm_up(Tabu(iterations=2), device)
+
     def _search(self, search: Search) -> Outcome:
         problem, start, clock = search.problem, search.start, search.clock
         assert start is not None
@@ -94,7 +98,8 @@ class Tabu(Solver):
             "swap_loss": float(first.objective.sum()),
             "best_swap_left": float("nan") if last is None else last.stats["best_swap_left"],
         }
-        return Outcome(mask, Status.TIME_LIMIT if last is None else last.status, None, stats, trace)
+        status = Status.TIME_LIMIT if last is None else last.status
+        return Outcome(mask, status, stats=stats, trace=trace)
 
 
 class _Rows:

@@ -117,7 +117,7 @@ def test_node_bounds_and_fixings_hold_for_every_mask_within(pattern):
     cells = np.concatenate([[0], np.bincount(program.cell).cumsum()])
     solve_nodes(
         program.quadratic, program.linear, 0.0, cells, program.pruned.astype(np.int64),
-        state, x, bound, cutoff, np.full(60, 1e-9), 500, True, fixed,
+        state, x, bound, cutoff, np.full(60, 1e-9), program.magnitude * 2, 500, True, fixed,
     )  # fmt: skip
     assert fixed.sum() == ((state != FREE) & (before == FREE)).sum() > 0
     for node in range(60):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import KINDS, make_problem, optimum, problems, random_mask
+from helpers import KINDS, like_bound, make_problem, optimum, problems, random_mask
 from hypothesis import given
 
 from solvers import (
     NM,
     CellPattern,
+    Evidence,
     InvalidInput,
     MaskProblem,
     Outcome,
@@ -56,7 +57,9 @@ def test_answers_are_allowed_and_honest(solver, problem):
     else:
         assert bool((solution.objective <= before).all())
     if solution.bound is not None:
-        assert bool((solution.bound <= solution.objective + 1e-9 * solution.objective.abs()).all())
+        assert bool((solution.bound <= like_bound(solution)).all())
+        assert solution.evidence in Evidence
+        assert len(solution.bound) == (1 if problem.pattern.coupled else len(solution.mask))
     assert solution.status in Status
     assert solution.status.message.endswith(".")
 

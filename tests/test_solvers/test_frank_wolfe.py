@@ -3,13 +3,14 @@ import math
 
 import pytest
 import torch
-from helpers import KINDS, make_problem, optimum, problems, random_mask
+from helpers import KINDS, like_bound, make_problem, optimum, problems, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, Linear, MaskProblem, PerLayer, PerRow, Status, solve
 from solvers.frank_wolfe.batch import Product
-from solvers.frank_wolfe.doubt import shift_of
+from solvers.rounding import negative_part
+from solvers.trivial import trivial_bound
 
 PATTERNS = [PerRow(sparsity=0.6), NM(keep=2, group=4), PerLayer(sparsity=0.6)]
 EDGES = [PerRow(keep=0), PerRow(keep=8), PerRow(keep=1), PerLayer(keep=0), PerLayer(keep=16)]
@@ -63,7 +64,7 @@ def test_bound_is_below_the_enumerated_optimum(pattern, kind):
     for step, iterations in [*itertools.product(STEPS, [4]), ("sliding", 2000)]:
         solution = solve(problem, "frank_wolfe", step=step, iterations=iterations)
         assert float(solution.bound.sum()) <= least + 1e-14 * size
-        assert bool((solution.bound <= solution.objective).all())
+        assert bool((solution.bound <= like_bound(solution)).all())
         if solution.status is Status.FEASIBLE:
             relaxed = sum(solution.stats["relaxed"])
             assert float(solution.bound.sum()) >= relaxed - 2e-4 * abs(relaxed) - 1e-11 * size
@@ -85,8 +86,9 @@ def test_bounds_and_patterns_hold_whatever_the_options(problem, step, iterations
     if solution.bound is not None:
         size = size_of(problem)
         assert float(solution.bound.sum()) <= optimum(problem) + 1e-14 * size
-        gap = sum(solution.stats["relaxed"]) - float(solution.bound.sum())
-        assert gap >= sum(solution.stats["fw_gap"]) - 1e-14 * size
+        proven = sum(solution.stats["relaxed"]) - sum(solution.stats["fw_gap"])
+        trivial = float(trivial_bound(problem).sum())
+        assert float(solution.bound.sum()) >= max(proven - 1e-9 * size, trivial)
     assert (solution.status is Status.FEASIBLE) == (solution.stats["converged"] == problem.shape[0])
 
 
@@ -206,7 +208,7 @@ def test_shift_makes_a_matrix_semidefinite(d, seed, least):
         return
     scale = gram.diagonal().rsqrt()
     lowest = float(torch.linalg.eigvalsh(gram * scale * scale[:, None])[0])
-    shift = shift_of(gram)
+    shift = negative_part(gram)
     assert lowest + shift >= 0
     assert shift <= 20 * max(-lowest, 1e-12)
 
@@ -215,7 +217,7 @@ def test_a_shared_budget_has_a_bound_on_the_sum():
     problem = make_problem(3, 5, PerLayer(sparsity=0.5), "linear", seed=7)
     solution = solve(problem, "frank_wolfe", start=random_mask(problem))
     assert float(solution.bound.sum()) <= optimum(problem)
-    assert bool((solution.bound <= solution.objective).all())
+    assert bool((solution.bound <= like_bound(solution)).all())
 
 
 @pytest.mark.parametrize("step", STEPS)

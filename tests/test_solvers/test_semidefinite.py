@@ -3,11 +3,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import KINDS, make_problem, optimum, random_mask
+from helpers import KINDS, like_bound, make_problem, optimum, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, Status, solve
+from solvers import NM, Evidence, InvalidInput, MaskProblem, PerLayer, PerRow, Status, solve
 from solvers.certificate import check
 from solvers.semidefinite.cuts import FAMILIES, Cuts, separate
 from solvers.semidefinite.dual import DualAscent, Iterate, Multipliers, projected
@@ -117,7 +117,7 @@ def test_bounds_never_exceed_the_optimum(kind):
         solution = solve(problem, "semidefinite", rounds=10)
         size = float((problem.weight**2 * problem.gram.diagonal()).sum())
         assert float(solution.bound.sum()) <= optimum(problem) + 1e-12 * size
-        assert bool((solution.bound <= solution.objective).all())
+        assert bool((solution.bound <= like_bound(solution)).all())
 
 
 def test_closed_rows_are_called_optimal():
@@ -185,6 +185,8 @@ def test_a_start_decides_the_first_incumbent():
     price=st.one_of(st.none(), st.floats(-2.0, 2.0)),
 )
 def test_decomposed_layers_are_bounded_at_any_price(shape, kind, seed, pattern, price):
+    if pattern.keep is not None:
+        pattern = PerLayer(keep=min(pattern.keep, shape[0] * shape[1]))
     problem = make_problem(*shape, pattern, kind, seed)
     size = float((problem.weight**2 * problem.gram.diagonal()).sum())
     size += 0.0 if problem.linear is None else float(problem.linear.abs().sum())
@@ -193,10 +195,11 @@ def test_decomposed_layers_are_bounded_at_any_price(shape, kind, seed, pattern, 
     )
     least = optimum(problem)
     assert float(solution.bound.sum()) <= least + 1e-12 * size
-    assert bool((solution.bound <= solution.objective).all())
+    assert bool((solution.bound <= like_bound(solution)).all())
     proven = sum(row.bound for row in check(problem, solution.certificates))
     assert proven <= least + 1e-12 * size
-    assert proven <= float(solution.bound.sum()) + 1e-12 * size
+    if solution.evidence is Evidence.CERTIFIED:
+        assert proven >= float(solution.bound)
 
 
 def test_a_decomposed_layer_comes_close_to_the_whole():

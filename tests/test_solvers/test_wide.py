@@ -4,16 +4,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import KINDS, make_problem, optimum, random_mask
+from helpers import KINDS, like_bound, make_problem, optimum, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import NM, InvalidInput, MaskProblem, PerRow, solve
 from solvers.certificate import check
+from solvers.clock import Clock
 from solvers.semidefinite.barrier import feasible_lengths
 from solvers.semidefinite.cuts import Cuts
 from solvers.semidefinite.lowrank import ActiveCuts, LowRank, Rows
-from solvers.semidefinite.program import BinaryProgram
 from solvers.semidefinite.wide import strengthen_batch
 
 PATTERNS = [PerRow(sparsity=0.6), NM(keep=2, group=4), PerRow(keep=0), PerRow(keep=8)]
@@ -119,7 +119,7 @@ def test_wide_bounds_are_proven_and_below_the_optimum(kind, pattern):
     if problem.linear is not None:
         size += float(problem.linear.abs().sum())
     assert float(solution.bound.sum()) <= optimum(problem) + 1e-12 * size
-    assert bool((solution.bound <= solution.objective).all())
+    assert bool((solution.bound <= like_bound(solution)).all())
     assert bool(torch.isfinite(solution.bound).all())
     verified = check(problem, solution.certificates)
     for one, bound in zip(verified, solution.bound.tolist(), strict=True):
@@ -161,23 +161,19 @@ def test_rows_bound_alike_alone_and_together():
     torch.testing.assert_close(together.bound, single.bound, rtol=0.02, atol=0.0)
 
 
-def test_time_limits_hold_and_still_prove_a_bound():
+def test_without_time_nothing_is_bounded():
     problem = make_problem(2, 40, PerRow(sparsity=0.5), seed=7)
     pruned = ~random_mask(problem)
     batch = strengthen_batch(
         problem,
         pruned,
         problem.objective(~pruned),
+        clock=Clock(1e-9),
         rel_gap=1e-4,
         max_rounds=50,
-        seconds=1e-6,
         least_gain=0.02,
     )
-    assert [one.rounds for one in batch.bounded] == [1, 1]
-    for row, one in enumerate(batch.bounded):
-        program = BinaryProgram.of(problem.rows([row]))
-        assert one.witness.bound(program) == one.bound
-        assert math.isfinite(one.bound)
+    assert batch.bounded == [None, None]
 
 
 def test_single_precision_problems():
