@@ -94,8 +94,7 @@ class Cvxpy(Solver):
     requires = ("cvxpy",)
 
     def __post_init__(self) -> None:
-        if self.relaxation not in ("qp", "sdp"):
-            raise InvalidInput(f"relaxation '{self.relaxation}' is neither qp nor sdp.")
+        super().__post_init__()
         if self.cuts and self.relaxation == "qp":
             raise InvalidInput("cuts belong to relaxation 'sdp'; 'qp' has no matrix Y.")
 

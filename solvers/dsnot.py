@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput
+from .options import option
 from .pattern import NM, PerLayer, PerRow
 from .problem import MaskProblem
 from .registry import get_solver, register
@@ -50,19 +51,13 @@ class DSnoT(Solver):
 
     mean: Tensor | Sequence[float] | None = None
     initial: str = "wanda"
-    cycles: int = 50
-    threshold: float = 0.1
+    cycles: int = option(50, least=1)
+    threshold: float = option(0.1, least=0)
 
     name = "dsnot"
     summary = "DSnoT: exchanges that restore a row's mean output; needs the inputs' mean"
     patterns = (PerRow, NM, PerLayer)
     ignores_linear = True
-
-    def __post_init__(self) -> None:
-        if self.cycles < 1:
-            raise InvalidInput(f"cycles={self.cycles} changes nothing; give at least 1.")
-        if not self.threshold >= 0:
-            raise InvalidInput(f"threshold={self.threshold} is negative; the paper uses 0.1.")
 
     def _search(self, search: Search) -> Outcome:
         problem, start = search.problem, search.start

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InvalidInput
+from .options import option
 from .pattern import Pattern
 from .problem import MaskProblem
 from .registry import register
@@ -71,14 +71,10 @@ class RIA(Saliency):
     activation power is 0.5.
     """
 
-    power: float = 0.5
+    power: float = option(0.5, least=0)
 
     name = "ria"
     summary = "keep the weights that matter most relative to their row and column"
-
-    def __post_init__(self) -> None:
-        if not self.power >= 0:
-            raise InvalidInput(f"RIA's power {self.power} is negative; the paper uses 0.5.")
 
     def score(self, problem: MaskProblem) -> Tensor:
         magnitude = problem.weight.abs()

@@ -14,6 +14,7 @@ from torch import Tensor
 from .certificate import Certificate
 from .clock import Clock
 from .errors import InvalidInput
+from .options import checked_options, checked_seed
 from .pattern import Pattern
 from .problem import MaskProblem
 from .solution import MaskSolution, Status, TracePoint
@@ -94,6 +95,9 @@ class Solver(ABC):
     composite: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        checked_options(self, f"Solver '{self.name}'")
+
     @abstractmethod
     def _search(self, search: Search) -> Outcome:
         """Choose a mask; `solve` checks, times and evaluates around it."""
@@ -118,7 +122,7 @@ class Solver(ABC):
         time_limit
             Seconds; None for no limit.
         seed
-            Of whatever the solver draws at random.
+            Of whatever the solver draws at random: a whole number in 0..2^63-1.
         callback
             Told about progress; an exception it raises ends the search.
 
@@ -126,7 +130,8 @@ class Solver(ABC):
         ------
         InvalidInput
             If the solver cannot handle this pattern, its library is missing, the start does
-            not follow the pattern, or the time limit is not positive.
+            not follow the pattern, the time limit is not positive, or the seed is no whole
+            number in its range.
         """
         reason = self.unable(problem.pattern)
         if reason is not None:
@@ -138,7 +143,7 @@ class Solver(ABC):
                 raise InvalidInput(f"The start does not follow the pattern: {violation}.")
         elif self.needs_start:
             raise InvalidInput(f"Solver '{self.name}' needs a start: a mask or a solver's name.")
-        search = Search(problem, start, Clock(time_limit), seed, callback)
+        search = Search(problem, start, Clock(time_limit), checked_seed(seed), callback)
         outcome = self._search(search)
         seconds = search.clock.seconds
 

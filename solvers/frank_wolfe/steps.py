@@ -10,8 +10,6 @@ from torch import Tensor
 from ..pattern import CellPattern
 from .batch import SNAP, Batch
 
-STEPS = ("auto", "open_loop", "line_search", "pairwise", "sliding")
-
 _NEWTON_STEPS = 100
 """Most steps to a cell's multiplier; few are used, since each either is exact or halves."""
 
