@@ -113,7 +113,7 @@ def _by_share(pattern: CellPattern, shape: tuple[int, int]) -> _Choice:
 
 def _in_groups(pattern: NM) -> _Choice:
     def choose(_: int, __: int, weight: Tensor, pivot: Tensor) -> Tensor:
-        return pattern.round((weight / pivot) ** 2)
+        return pattern.unchecked_lmo(-((weight / pivot) ** 2))
 
     return choose
 

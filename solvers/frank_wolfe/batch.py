@@ -103,13 +103,13 @@ class Batch:
     def lmo(self, direction: Tensor) -> Tensor:
         """The pattern's oracle with the fixed entries, bool ``[rows, d]``."""
         self.lmo_calls += 1
-        return self.pattern.lmo(direction, self.lower)
+        return self.pattern.unchecked_lmo(direction, self.lower)
 
     def away(self, gradient: Tensor) -> Tensor:
         """Worst vertex of the smallest face that holds ``z``, bool ``[rows, d]``."""
         self.lmo_calls += 1
         lower = self.z >= 1
-        return self.pattern.lmo(
+        return self.pattern.unchecked_lmo(
             -gradient, lower if self.lower is None else lower | self.lower, self.z > 0
         )
 

@@ -46,9 +46,9 @@ class FrankWolfe(Solver):
         budget stop together, on their sums.
     fixed
         Share of each cell's kept weights that Wanda chooses beforehand (the paper's alpha), as
-        ``floor(kept * fixed)`` weights; the rest is optimised. 0 is the default, since only then
-        is the whole problem relaxed and bounded. More raises the relaxed loss but leaves less to
-        round: measured at 60 % per row, 0.5 gives the best masks (benchmarks/frank_wolfe.py).
+        ``removed_count(kept, fixed)`` weights; the rest is optimised. 0 is the default, since only
+        then is the whole problem relaxed and bounded. More raises the relaxed loss but leaves less
+        to round: measured at 60 % per row, 0.5 gives the best masks (benchmarks/frank_wolfe.py).
         The paper's default is 0.9, chosen for perplexity.
     dtype
         Of the matrix products: "float64", "float32", "tfloat32" (10 bits of mantissa; tensor
