@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arrays import ArrayLike
 from .errors import InvalidInput
 from .knapsack import choose
-from .problem import ArrayLike
 from .structured import flap, group_of_each
 
 

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import ArrayLike
 from .errors import InvalidInput
 from .linear import Linear
 from .pattern import Pattern, PerRow
-from .problem import ArrayLike, MaskProblem
+from .problem import MaskProblem
 
 
 def input_groups(
