@@ -254,7 +254,8 @@ class MaskProblem:
                 f"{path} lacks the tensor {sorted(missing)[0]!r}; "
                 "a problem file holds weight and gram."
             )
-        return cls(tensors["weight"], tensors["gram"], pattern, tensors.get("linear"))
+        parts = tensors["weight"], tensors["gram"], pattern, tensors.get("linear")
+        return cls(*parts, copy=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weight, gram (and linear) as safetensors; the pattern is not stored."""

@@ -57,7 +57,7 @@ def input_groups(
     InvalidInput
         If the layer is not a valid one, or a group is empty, or the pattern does not fit.
     """
-    layer = MaskProblem(weight, gram, PerRow(keep=0))
+    layer = MaskProblem(weight, gram, PerRow(keep=0), copy=False)
     group = group_of_each(groups, layer.shape[1]).to(layer.device)
     count = int(group.max()) + 1
 
@@ -71,7 +71,7 @@ def input_groups(
     dead = summed.diagonal() <= 64 * torch.finfo(layer.gram.dtype).eps * size
     summed[dead] = 0.0
     summed[:, dead] = 0.0
-    return MaskProblem(summed.new_ones(1, count), (summed + summed.T) / 2, pattern)
+    return MaskProblem(summed.new_ones(1, count), (summed + summed.T) / 2, pattern, copy=False)
 
 
 def input_channels(weight: ArrayLike, gram: ArrayLike, pattern: Pattern) -> MaskProblem:
@@ -127,7 +127,7 @@ def wanda_sp(weight: ArrayLike, gram: ArrayLike, groups: int | ArrayLike = 1) ->
     The structured form of Wanda that FLAP (An et al., AAAI 2024, arXiv:2312.11983) compares with.
     Its published code takes the mean over rows, which orders groups in the same way.
     """
-    layer = MaskProblem(weight, gram, PerRow(keep=0))
+    layer = MaskProblem(weight, gram, PerRow(keep=0), copy=False)
     score = layer.weight.double().abs().sum(dim=0) * layer.gram.double().diagonal().sqrt()
     return _summed_over(score, groups)
 
@@ -147,7 +147,7 @@ def flap(
     mean
         ``[d]``, of the inputs that ``gram`` was taken of.
     """
-    layer = MaskProblem(weight, gram, PerRow(keep=0))
+    layer = MaskProblem(weight, gram, PerRow(keep=0), copy=False)
     middle = torch.as_tensor(mean).double().to(layer.device)
     variance = (layer.gram.double().diagonal() - middle.square()).clamp(min=0.0)
     score = variance * layer.weight.double().square().sum(dim=0)
@@ -302,7 +302,7 @@ class _Fit:
     def __init__(
         self, weight: ArrayLike, gram: ArrayLike, groups: int | ArrayLike, damping: float
     ) -> None:
-        layer = MaskProblem(weight, gram, PerRow(keep=0))
+        layer = MaskProblem(weight, gram, PerRow(keep=0), copy=False)
         group = group_of_each(groups, layer.shape[1]).to(layer.device)
         count = int(group.max()) + 1
         members = group.argsort(stable=True).view(count, -1) if len(group) % count == 0 else None
