@@ -7,7 +7,6 @@ bound (`_bound`) that holds for *any* point and multipliers: they decide how goo
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from .registry import register
 from .saliency import Wanda
 from .solution import Status, shared_out
 from .solver import Outcome, Progress, Search, Solver
+from .threads import quiet_warnings
 
 Floats = npt.NDArray[np.float64]
 
@@ -184,9 +184,8 @@ class Cvxpy(Solver):
         if math.isfinite(clock.remaining) and name in _TIME_LIMIT:
             settings[_TIME_LIMIT[name]] = clock.remaining
         try:
-            with warnings.catch_warnings():
-                # That an answer may be inaccurate is in its status.
-                warnings.simplefilter("ignore")
+            # That an answer may be inaccurate is in its status.
+            with quiet_warnings("Solution may be inaccurate"):
                 program.solve(solver=name, **settings)
         except cp.error.SolverError as error:
             if self.cvxpy_solver is None:

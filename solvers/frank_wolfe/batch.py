@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..pattern import CellPattern, Pattern
 from ..swap.rows import ScaledRows
+from ..threads import matmul_precision
 
 DTYPES = {
     "float64": torch.float64,
@@ -38,12 +39,8 @@ class Product:
         """``rows @ gram``, float64 ``[rows, d]``."""
         if self._dtype != torch.float32:
             return (self._rounded(rows) @ self._gram).double()
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self._tfloat else "highest")
-        try:
+        with matmul_precision("high" if self._tfloat else "highest", rows.device):
             return (self._rounded(rows) @ self._gram).double()
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     def _rounded(self, values: Tensor) -> Tensor:
         values = values.to(self._dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..threads import one_blas_thread
 from .cuts import Array
 from .dual import DualAscent, Iterate
 from .program import BinaryProgram
@@ -170,6 +171,4 @@ def _ascend(
 
 def _blas_threads(inputs: int) -> AbstractContextManager[object]:
     """One BLAS thread where more would only wait for each other."""
-    from threadpoolctl import threadpool_limits
-
-    return nullcontext() if inputs >= THREADS_PAY_FROM else threadpool_limits(1, user_api="blas")
+    return nullcontext() if inputs >= THREADS_PAY_FROM else one_blas_thread()
