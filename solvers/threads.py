@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -22,21 +23,21 @@ class SharedSetting:
     Parameters
     ----------
     change
-        Makes it, and returns what takes it back.
+        Makes it, and returns what takes it back. Called with the arguments of the first holder.
     """
 
-    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+    def __init__(self, change: Callable[..., Callable[[], None]]) -> None:
         self._change = change
         self._lock = threading.Lock()
         self._holders = 0
         self._take_back: Callable[[], None] | None = None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, *arguments: Any) -> Iterator[None]:
         """With the change made."""
         with self._lock:
             if self._holders == 0:
-                self._take_back = self._change()
+                self._take_back = self._change(*arguments)
             self._holders += 1
         try:
             yield
@@ -48,20 +49,55 @@ class SharedSetting:
                     take_back()
 
 
-def _limit_blas() -> Callable[[], None]:
-    from threadpoolctl import threadpool_limits
-
-    limits = threadpool_limits(1, user_api="blas")
-    restore: Callable[[], None] = limits.restore_original_limits
-    return restore
+def _limited_per_thread(library: Any) -> bool:
+    """Whether every thread has a limit of its own: OpenBLAS whose threads are OpenMP's."""
+    layer = getattr(library, "threading_layer", None)
+    return bool(library.internal_api == "openblas" and layer == "openmp")
 
 
-_ONE_BLAS_THREAD = SharedSetting(_limit_blas)
+def _set_threads(library: Any, count: int) -> None:
+    """Set a library's number of threads, from any thread.
+
+    threadpoolctl 3.8 lets one thread alone set that of OpenBLAS and ignores all others without a
+    word, so that the last one out could not restore what the first one in had changed.
+    """
+    release = getattr(library, "clear_controlling_thread", None)
+    if release is None:
+        library.set_num_threads(count)
+        return
+    release(force=True)
+    library.set_num_threads(count)
+    release(force=True)
 
 
-def one_blas_thread() -> AbstractContextManager[None]:
+def _one_thread(libraries: list[Any]) -> Callable[[], None]:
+    before = [library.num_threads for library in libraries]
+    for library in libraries:
+        _set_threads(library, 1)
+
+    def take_back() -> None:
+        for library, count in zip(libraries, before, strict=True):
+            _set_threads(library, count)
+
+    return take_back
+
+
+_ONE_BLAS_THREAD = SharedSetting(_one_thread)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
     """One BLAS thread, where threads solve side by side or more would only wait for each other."""
-    return _ONE_BLAS_THREAD.held()
+    from threadpoolctl import ThreadpoolController
+
+    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+    own = [library for library in libraries if _limited_per_thread(library)]
+    with _ONE_BLAS_THREAD.held([library for library in libraries if library not in own]):
+        take_back = _one_thread(own)
+        try:
+            yield
+        finally:
+            take_back()
 
 
 class _Precision:
