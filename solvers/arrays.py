@@ -76,13 +76,13 @@ def matrix(
     return tensor
 
 
-def truths(values: Any, name: str, device: torch.device) -> Tensor:
+def truths(values: Any, name: str, device: torch.device | None = None) -> Tensor:
     """A bool tensor; `InvalidInput` if ``values`` are no array of True and False."""
     given = isinstance(values, Tensor)
     tensor = _dense(values if given else _from_numpy(values, name, truths=True), name)
     if tensor.dtype != torch.bool:
         raise InvalidInput(f"{name} must be boolean (True = keep), not {_short(tensor.dtype)}.")
-    return tensor.to(device)
+    return tensor if device is None else tensor.to(device)
 
 
 def _dense(tensor: Tensor, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arrays import numbers
 from .errors import InvalidInput
 from .options import option
 from .pattern import NM, PerLayer, PerRow
@@ -66,11 +67,13 @@ class DSnoT(Solver):
                 "Solver 'dsnot' needs the mean of the inputs, which a problem file does not hold; "
                 "give it as option 'mean', or use it in a pruning run."
             )
-        mean = torch.as_tensor(self.mean, dtype=torch.float64, device=problem.device)
+        mean = numbers(self.mean, "mean", problem.device).double()
         if mean.shape != problem.shape[1:]:
             raise InvalidInput(
                 f"The mean has shape {tuple(mean.shape)}; it must be ({problem.shape[1]},)."
             )
+        if not bool(torch.isfinite(mean).all()):
+            raise InvalidInput("The mean has NaN or infinite values; mend the inputs first.")
         if start is None:
             start = get_solver(self.initial).solve(problem, seed=search.seed).mask
         mask = start.clone()

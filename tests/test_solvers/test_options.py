@@ -7,15 +7,19 @@ import torch
 from helpers import make_problem
 
 from solvers import (
+    NM,
     InvalidInput,
     LeastSquares,
     PerRow,
     SparseGPTUpdate,
     available,
     get_solver,
+    order_inputs,
     register,
     solve,
+    structured,
 )
+from solvers.across_layers import cheapest_counts, lowest
 from solvers.options import _checks, option
 from solvers.registry import _SOLVERS
 
@@ -134,3 +138,50 @@ def test_more_candidates_than_there_are_weights_try_all_of_them():
     all_of_them = solve(problem, "tabu", candidates=10, iterations=50)
     assert torch.equal(most.mask, all_of_them.mask)
     assert most.stats["iterations"] == all_of_them.stats["iterations"]
+
+
+def refused(call, *arguments, **more):
+    with pytest.raises(InvalidInput) as refusal:
+        call(*arguments, **more)
+    assert str(refusal.value).endswith(".")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rounds": 1.5}, {"rounds": -1}, {"tolerance": math.nan}, {"rows": 0}, {"seed": -1}],
+)
+def test_an_order_of_inputs_checks_its_numbers(options):
+    refused(order_inputs, torch.ones(2, 4), NM(2, 4), **options)
+
+
+def test_functions_on_groups_check_their_numbers():
+    weight, gram = torch.ones(2, 4), torch.eye(4)
+    for wrong in (-1, math.nan, "1", True):
+        refused(structured.refitted, weight, gram, torch.ones(4).bool(), wrong)
+        refused(structured.eliminate, weight, gram, 2, 1, wrong)
+        refused(structured.most_salient, torch.ones(4), wrong)
+    for wrong in (2.5, -1, 3, True):
+        refused(structured.eliminate, weight, gram, 2, wrong)
+    for wrong in (0, 3, True, None, "x", [0.5] * 4, [0, 1]):
+        refused(structured.input_groups, weight, gram, wrong, PerRow(keep=1))
+    for wrong in ([1.0], [math.nan] * 4, "x", None):
+        refused(structured.flap, weight, gram, wrong)
+    refused(structured.eliminate, weight, gram, 2, 1, exchanges=1.5)
+    refused(structured.expand, [[1, 0]], 2)
+    refused(structured.expand, [[True, False]], 2, rows=1.5)
+    refused(structured.parameter_budget, [1.0, 2.0], math.nan)
+    refused(structured.parameter_budget, "x", 1.0)
+    refused(order_inputs, torch.ones(2, 4), PerRow(keep=1))
+    refused(order_inputs, "x", NM(2, 4))
+    refused(lowest, [torch.ones(3)], math.nan)
+    refused(lowest, [torch.ones(3)], 1.0, [1.0, 2.0])
+    refused(lowest, [torch.tensor([math.nan])], 1.0)
+    refused(cheapest_counts, [torch.ones(4)], 1.5)
+    kept = structured.expand(np.array([[True, False]]), np.int64(2), rows=3)
+    assert kept.tolist() == [[True, True, False, False]] * 3
+
+
+@pytest.mark.parametrize("mean", ["x", [0.0], [math.nan] * 6, [[0.0] * 6]])
+def test_a_mean_that_is_none_is_refused(mean):
+    refused(solve, make_problem(1, 6, PerRow(keep=3)), "dsnot", mean=mean)
