@@ -23,7 +23,7 @@ from mipprune.structured.coupling import Coupling, Kind, find_structure, group_c
 from mipprune.structured.shrink import PROBE, shift_bias, silence
 from mipprune.surrogate import Inputs
 from mipprune.walk import BlockStep, BlockWalk
-from solvers import PerRow
+from solvers import PerRow, removed_count
 from solvers.across_layers import cheapest_counts, flap_standardised, lowest
 from solvers.structured import (
     elimination_curve,
@@ -57,7 +57,7 @@ class Adaptive:
         self._count = group_count(model.config, kind)
         structure = find_structure(model, self._placement.blocks_name, {kind: self._count - 1})
         self._couplings = {one.reader.name: one for block in structure.couplings for one in block}
-        self.uniform = self._count - int(self._count * share)
+        self.uniform = self._count - removed_count(self._count, share)
         self.removed = len(self._couplings) * (self._count - self.uniform)
         self.kept: list[int] = []
         self.results: list[GroupResult] = []

@@ -364,6 +364,7 @@ def _certify_rows(
         problem.gram,
         _pattern_of_rows(problem.pattern, kept),
         None if problem.linear is None else problem.linear[chosen],
+        copy=False,
     )
     if problem.pattern.coupled:
         others = sorted(set(range(len(mask))) - set(chosen)) or chosen

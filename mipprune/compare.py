@@ -259,7 +259,7 @@ def part(
         sizes.append(there if wanted is None else wanted)
     n, d = sizes
     linear = None if problem.linear is None else problem.linear[:n, :d]
-    return MaskProblem(problem.weight[:n, :d], problem.gram[:d, :d], pattern, linear)
+    return MaskProblem(problem.weight[:n, :d], problem.gram[:d, :d], pattern, linear, copy=False)
 
 
 def _relative(loss: Tensor, bound: Tensor) -> Tensor:

@@ -116,7 +116,11 @@ class LayerSolver:
         pattern = check_layer(layer, settings)
         aim = step.aim(layer.weight, gram.inputs, layer.bias is not None)
         problems = aim.problems(pattern)
-        plain = problems[0] if aim.plain else MaskProblem(layer.weight, gram.matrix, pattern)
+        plain = (
+            problems[0]
+            if aim.plain
+            else MaskProblem(layer.weight, gram.matrix, pattern, copy=False)
+        )
         note, start = gram.note, None
         if gram.tokens == 0:
             note = _ZERO_TOKENS

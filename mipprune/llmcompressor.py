@@ -102,7 +102,7 @@ class SolverPruningModifier(SparsityModifierBase):  # type: ignore[misc]
                 weight = module.weight.detach()
                 gram = total.to(weight.device) / self._tokens[module]
                 pattern = self._pattern(self._module_sparsities[module])
-                problem = MaskProblem(weight, gram, pattern)
+                problem = MaskProblem(weight, gram, pattern, copy=False)
                 start = None
                 if self.start is not None or get_solver(self.solver).needs_start:
                     start = solve(problem, self.start or DEFAULT_START, seed=self.seed)

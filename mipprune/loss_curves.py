@@ -86,7 +86,7 @@ def masked_by(solver: str) -> Prune:
     """Layers pruned by a solver's masks, weights as they are."""
 
     def prune(layer: PrunableLayer, gram: Gram, pattern: PerRow) -> Tensor:
-        mask = _mask(MaskProblem(layer.weight, gram.matrix, pattern), solver)
+        mask = _mask(MaskProblem(layer.weight, gram.matrix, pattern, copy=False), solver)
         return layer.weight.masked_fill(~mask, 0.0)
 
     return prune
@@ -152,11 +152,13 @@ def loss_curves(
             keeps, anchored = {uniform.kept_per_cell(shape)}, set()
         losses, measured = {}, {}
         for keep in sorted(keeps):
-            problem = MaskProblem(layer.weight, gram.matrix, PerRow(keep=keep))
+            problem = MaskProblem(layer.weight, gram.matrix, PerRow(keep=keep), copy=False)
             losses[keep] = float(problem.objective(_mask(problem, solver)).sum())
             if keep in anchored:
                 measured[keep] = divergence.of(layer, prune(layer, gram, PerRow(keep=keep)))
-        energy = float(MaskProblem(layer.weight, gram.matrix, uniform).output_energy().sum())
+        energy = float(
+            MaskProblem(layer.weight, gram.matrix, uniform, copy=False).output_energy().sum()
+        )
         scale = _scale(criterion, losses, energy, measured)
         curve = tuple(
             Option(keep, rows * (inputs - keep), losses[keep], losses[keep] * scale[keep])

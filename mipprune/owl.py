@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers import InvalidInput
+from solvers import InvalidInput, removed_count
 
 from .budget import Keeps, Scope, removed_by, rules_of, shape_of, uniform_pattern
 from .dense_walk import DenseWalk
@@ -107,7 +107,7 @@ def owl(
 
     def keeps(shift: float) -> Keeps:
         return {
-            name: (shape[1] - int(shape[1] * min(max(share + shift, 0.0), 1.0)), shape)
+            name: (shape[1] - removed_count(shape[1], min(max(share + shift, 0.0), 1.0)), shape)
             for block, share in zip(outliers, wanted, strict=True)
             for name, shape in block.shapes.items()
         }

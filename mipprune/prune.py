@@ -319,5 +319,7 @@ def layer_problem(
         for found in step.layers:
             if found.name == layer:
                 gram = step.grams.gram(found)
-                return MaskProblem(found.weight.float(), gram.matrix, PerLayer(sparsity=0.5))
+                # The weight is a view of the model, which may be pruned later on.
+                weight = found.weight.float().clone()
+                return MaskProblem(weight, gram.matrix, PerLayer(sparsity=0.5), copy=False)
     raise AssertionError("a layer found before must be found again")

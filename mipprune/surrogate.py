@@ -159,6 +159,8 @@ class Surrogate:
     def problem(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> MaskProblem:
         """The problem to solve for a layer with this weight, where its rows have one Gram matrix.
 
+        It may look at the memory of its arguments, which must not change while it is in use.
+
         Raises
         ------
         InvalidInput
@@ -186,7 +188,11 @@ class Surrogate:
             linear = 2 * weight.double() * missing(weight, inputs, self.dense_targets)
         return [
             MaskProblem(
-                weight[part], self._gram(one), pattern, None if linear is None else linear[part]
+                weight[part],
+                self._gram(one),
+                pattern,
+                None if linear is None else linear[part],
+                copy=False,
             )
             for part, one in zip(rows, self.by_group(inputs, len(rows)), strict=True)
         ]

@@ -25,6 +25,7 @@ from .pattern import (
     PerLayer,
     PerRow,
     pattern_from_dict,
+    removed_count,
 )
 from .presets import SparseFW, SparseSwaps
 from .problem import MaskProblem
@@ -92,6 +93,7 @@ __all__ = [
     "order_inputs",
     "pattern_from_dict",
     "register",
+    "removed_count",
     "saliency_lost",
     "solve",
     "structured",

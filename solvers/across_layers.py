@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arrays import ArrayLike
 from .errors import InvalidInput
 from .knapsack import choose
-from .problem import ArrayLike
+from .options import finite_number, whole_number
 from .structured import flap, group_of_each
 
 
@@ -64,7 +65,17 @@ def lowest(
         Summed size of the groups to remove.
     sizes
         Of a group of each layer; None for 1.
+
+    Raises
+    ------
+    InvalidInput
+        If a score is NaN, or there are not as many sizes as layers.
     """
+    removed = finite_number(removed, "removed")
+    if sizes is not None and len(sizes) != len(scores):
+        raise InvalidInput(f"There are {len(sizes)} sizes for {len(scores)} layers; give one each.")
+    if not scores or any(bool(torch.isnan(one).any()) for one in scores):
+        raise InvalidInput("Scores must be numbers, of one layer at least.")
     size = torch.cat(
         [
             torch.full((len(one),), float(each), dtype=torch.float64)
@@ -96,6 +107,7 @@ def cheapest_counts(curves: Sequence[Tensor], removed: int) -> list[int]:
     InvalidInput
         If there are not so many.
     """
+    removed = whole_number(removed, "removed")
     most = sum(len(one) - 2 for one in curves)
     if not 0 <= removed <= most:
         raise InvalidInput(f"Of these layers 0 to {most} groups can go, not {removed}.")

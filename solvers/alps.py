@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InvalidInput
+from .options import option
 from .pattern import NM, PerLayer, PerRow
 from .registry import register
 from .solution import Status
@@ -44,23 +44,15 @@ class Alps(Solver):
         Iterations after which a change of the support below 0.03 % ends the search.
     """
 
-    rho: float = 0.1
-    iterations: int = 300
-    damping: float = 1e-2
-    settle: int = 30
+    rho: float = option(0.1, above=0)
+    iterations: int = option(300, least=1)
+    damping: float = option(1e-2, least=0)
+    settle: int = option(30, least=0)
 
     name = "alps"
     summary = "ALPS: the mask by ADMM on the weights, meant for least squares after it"
     patterns = (PerRow, NM, PerLayer)
     ignores_linear = True
-
-    def __post_init__(self) -> None:
-        if not self.rho > 0:
-            raise InvalidInput(f"rho={self.rho} must be positive.")
-        if self.iterations < 1:
-            raise InvalidInput(f"iterations={self.iterations} runs nothing; give at least 1.")
-        if not self.damping >= 0:
-            raise InvalidInput(f"damping={self.damping} is negative; give 0 or more.")
 
     def _search(self, search: Search) -> Outcome:
         problem, clock = search.problem, search.clock

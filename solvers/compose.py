@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from .clock import Clock
 from .errors import InvalidInput
 from .frank_wolfe import FrankWolfe, relaxed_mask
+from .options import option
 from .pattern import NM, CellPattern, PerLayer, PerRow
 from .problem import MaskProblem
 from .registry import DEFAULT_START, get_solver, register
@@ -50,6 +51,7 @@ class Chain(Solver):
     composite = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _members(self.stages)
 
     def prepare(self, device: torch.device) -> None:
@@ -100,6 +102,7 @@ class BestOf(Solver):
     composite = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _members(self.members)
 
     def prepare(self, device: torch.device) -> None:
@@ -149,19 +152,13 @@ class Restarts(Solver):
         Spread of the roundings.
     """
 
-    restarts: int = 8
-    noise: float = 0.5
+    restarts: int = option(8, least=1)
+    noise: float = option(0.5, least=0)
 
     name = "restarts"
     summary = "swap searches from random roundings of the Frank-Wolfe point"
     patterns = (PerRow, NM, PerLayer)
     composite = True
-
-    def __post_init__(self) -> None:
-        if self.restarts < 1:
-            raise InvalidInput(f"restarts={self.restarts} runs nothing; give at least 1.")
-        if not self.noise >= 0:
-            raise InvalidInput(f"noise={self.noise} is negative; give 0 or more.")
 
     def prepare(self, device: torch.device) -> None:
         Swap().prepare(device)
@@ -216,17 +213,30 @@ def _members(members: Sequence[Member]) -> list[Solver]:
     """The solvers that members name."""
     if isinstance(members, str):
         members = [name.strip() for name in members.split(",")]
+    if not isinstance(members, Sequence):
+        raise InvalidInput(f"{members!r} is no list of solvers; give names, or (name, options).")
     if not members:
         raise InvalidInput("A composition needs at least one solver.")
     found = []
     for member in members:
         if isinstance(member, str):
             found.append(get_solver(member))
-        elif len(member) == 2 and isinstance(member[0], str) and isinstance(member[1], dict):
+        elif _is_pair(member):
             found.append(get_solver(member[0], **member[1]))
         else:
             raise InvalidInput(f"{member!r} is neither a solver's name nor a pair (name, options).")
     return found
+
+
+def _is_pair(member: Any) -> TypeGuard[tuple[str, dict[str, Any]]]:
+    """Whether it is a name with options."""
+    return (
+        isinstance(member, Sequence)
+        and len(member) == 2
+        and isinstance(member[0], str)
+        and isinstance(member[1], dict)
+        and all(isinstance(key, str) for key in member[1])
+    )
 
 
 def _run(solver: Solver, search: Search, start: Tensor | None, clock: Clock) -> MaskSolution:

@@ -7,7 +7,6 @@ bound (`_bound`) that holds for *any* point and multipliers: they decide how goo
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from .solution import Evidence, Status
 from .solver import Outcome, Search, Solver
 from .standing import Standing
 from .swap import Swap
+from .threads import quiet_warnings
 
 Floats = npt.NDArray[np.float64]
 
@@ -95,8 +95,7 @@ class Cvxpy(Solver):
     requires = ("cvxpy",)
 
     def __post_init__(self) -> None:
-        if self.relaxation not in ("qp", "sdp"):
-            raise InvalidInput(f"relaxation '{self.relaxation}' is neither qp nor sdp.")
+        super().__post_init__()
         if self.cuts and self.relaxation == "qp":
             raise InvalidInput("cuts belong to relaxation 'sdp'; 'qp' has no matrix Y.")
 
@@ -198,9 +197,8 @@ class Cvxpy(Solver):
         if math.isfinite(clock.remaining) and name in _TIME_LIMIT:
             settings[_TIME_LIMIT[name]] = clock.remaining
         try:
-            with warnings.catch_warnings():
-                # That an answer may be inaccurate is in its status.
-                warnings.simplefilter("ignore")
+            # That an answer may be inaccurate is in its status.
+            with quiet_warnings("Solution may be inaccurate"):
                 program.solve(solver=name, **settings)
         except cp.error.SolverError as error:
             if self.cvxpy_solver is None:

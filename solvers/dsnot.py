@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arrays import numbers
 from .errors import InvalidInput
+from .options import option
 from .pattern import NM, PerLayer, PerRow
 from .problem import MaskProblem
 from .registry import get_solver, register
@@ -50,19 +52,13 @@ class DSnoT(Solver):
 
     mean: Tensor | Sequence[float] | None = None
     initial: str = "wanda"
-    cycles: int = 50
-    threshold: float = 0.1
+    cycles: int = option(50, least=1)
+    threshold: float = option(0.1, least=0)
 
     name = "dsnot"
     summary = "DSnoT: exchanges that restore a row's mean output; needs the inputs' mean"
     patterns = (PerRow, NM, PerLayer)
     ignores_linear = True
-
-    def __post_init__(self) -> None:
-        if self.cycles < 1:
-            raise InvalidInput(f"cycles={self.cycles} changes nothing; give at least 1.")
-        if not self.threshold >= 0:
-            raise InvalidInput(f"threshold={self.threshold} is negative; the paper uses 0.1.")
 
     def _search(self, search: Search) -> Outcome:
         problem, start = search.problem, search.start
@@ -71,11 +67,13 @@ class DSnoT(Solver):
                 "Solver 'dsnot' needs the mean of the inputs, which a problem file does not hold; "
                 "give it as option 'mean', or use it in a pruning run."
             )
-        mean = torch.as_tensor(self.mean, dtype=torch.float64, device=problem.device)
+        mean = numbers(self.mean, "mean", problem.device).double()
         if mean.shape != problem.shape[1:]:
             raise InvalidInput(
                 f"The mean has shape {tuple(mean.shape)}; it must be ({problem.shape[1]},)."
             )
+        if not bool(torch.isfinite(mean).all()):
+            raise InvalidInput("The mean has NaN or infinite values; mend the inputs first.")
         if start is None:
             start = get_solver(self.initial).solve(problem, seed=search.seed).mask
         mask = start.clone()

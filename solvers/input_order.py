@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arrays import ArrayLike, matrix
 from .errors import InvalidInput
+from .options import checked_seed, finite_number, whole_number
 from .pattern import NM
 
 _GROUPS_AT_ONCE = 512
@@ -54,7 +56,7 @@ class InputOrder:
 
 
 def order_inputs(
-    saliency: Tensor,
+    saliency: ArrayLike,
     pattern: NM,
     *,
     rounds: int = 10,
@@ -86,14 +88,16 @@ def order_inputs(
     Raises
     ------
     InvalidInput
-        If the pattern does not fit, or a saliency is negative or not finite.
+        If the pattern is no N:M or does not fit, a saliency is negative or not finite, or a number
+        is out of range.
     """
-    if saliency.ndim != 2 or 0 in saliency.shape or not bool((saliency >= 0).all()):
-        raise InvalidInput(
-            "Saliencies must be a non-empty matrix of numbers that are not negative."
-        )
-    if not bool(torch.isfinite(saliency).all()):
-        raise InvalidInput("Saliencies must be finite; mend weights and inputs first.")
+    saliency = matrix(saliency, "saliency", copy=False)
+    if not bool((saliency >= 0).all()):
+        raise InvalidInput("Saliencies must be numbers that are not negative.")
+    if not isinstance(pattern, NM):
+        raise InvalidInput(f"The order of inputs matters to N:M alone, not to {pattern}.")
+    rounds, rows = whole_number(rounds, "rounds", least=0), whole_number(rows, "rows", least=1)
+    tolerance, seed = finite_number(tolerance, "tolerance", least=0), checked_seed(seed)
     d = saliency.shape[1]
     pattern.check((len(saliency), d))
     generator = torch.Generator().manual_seed(seed)

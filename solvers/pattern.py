@@ -2,7 +2,7 @@
 
 Everything here speaks of masks ``m``: ``True`` (or 1) means *keep*. ``sparsity`` is the
 fraction *removed*, and ``NM(keep=2, group=4)``, written "2:4", *keeps* 2 of every 4
-consecutive inputs.
+consecutive inputs. How many weights a sparsity removes is what `removed_count` says, everywhere.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,66 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from .errors import InvalidInput
+from .options import whole_number
 
 Shape = tuple[int, int]
 """``(rows, inputs)`` of a layer's weight."""
+
+_NEARLY = 1e-9, 4e-16
+"""How near to the next whole number a product counts as it: at least, and per unit of the size.
+
+Covers the error of a share such as 1/3 that no float is, times the size."""
+
+
+def removed_count(size: int, sparsity: float) -> int:
+    """How many of ``size`` entries a sparsity removes: as many as the exact product allows.
+
+    The product is that of the decimal number that the sparsity is written as, so that 0.29 of 100
+    is 29 although the float 0.29 times 100 is below 29. A product within rounding of the next whole
+    number, at most 1e-9 or 4e-16 of the size below it, counts as that number: 1/3 of 3 is 1.
+
+    Parameters
+    ----------
+    size
+        A count of entries.
+    sparsity
+        In [0, 1].
+
+    Raises
+    ------
+    InvalidInput
+        If it is not, or the size is no count.
+
+    Examples
+    --------
+    >>> from solvers import removed_count
+    >>> removed_count(100, 0.29), int(100 * 0.29), removed_count(3, 1 / 3), removed_count(10, 0.58)
+    (29, 28, 1, 5)
+    """
+    share = _as_share(sparsity)
+    if share is None or not 0 <= share <= 1:
+        raise InvalidInput(f"Sparsity {sparsity!r} is no number in [0, 1].")
+    return _removed_count(whole_number(size, "size", least=0), share)
+
+
+@lru_cache(maxsize=4096)
+def _removed_count(size: int, sparsity: float) -> int:
+    exact = Fraction(repr(sparsity)) * size
+    count = math.floor(exact)
+    least, per_entry = _NEARLY
+    return count + (count < size and count + 1 - exact <= max(least, per_entry * size))
+
+
+def _as_share(value: Any) -> float | None:
+    """The number that a share is written as; None for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return None
+    if isinstance(value, np.floating) and value.dtype.itemsize < 8:
+        return float(str(value))  # np.float32(0.6) is meant to be 0.6
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -94,8 +153,18 @@ class Pattern(ABC):
         Raises
         ------
         InvalidInput
-            If the bounds leave no allowed mask.
+            If the bounds leave no allowed mask, or the direction has NaN.
         """
+
+    def unchecked_lmo(
+        self, direction: Tensor, lower: Tensor | None = None, upper: Tensor | None = None
+    ) -> Tensor:
+        """`lmo` without looking for mistakes in its arguments, which makes a GPU wait.
+
+        For searches that call it every iteration, with directions without NaN and bounds that
+        leave a mask.
+        """
+        return self.lmo(direction, lower, upper)
 
     @abstractmethod
     def neighbourhood(self, shape: Shape) -> Neighbourhood | None:
@@ -181,13 +250,24 @@ class CellPattern(Pattern):
     def lmo(
         self, direction: Tensor, lower: Tensor | None = None, upper: Tensor | None = None
     ) -> Tensor:
+        if bool(torch.isnan(direction).any()):
+            row = int(torch.isnan(direction).any(dim=1).nonzero()[0])
+            raise InvalidInput(
+                f"The direction has NaN, first in row {row}, and no mask is best; mend it first."
+            )
         shape = _shape(direction)
-        kept = self.kept_per_cell(shape)
+        self._check_bounds(shape, self.kept_per_cell(shape), lower, upper)
+        return self.unchecked_lmo(direction, lower, upper)
+
+    def unchecked_lmo(
+        self, direction: Tensor, lower: Tensor | None = None, upper: Tensor | None = None
+    ) -> Tensor:
+        shape = _shape(direction)
         if upper is not None:
             direction = direction.masked_fill(~upper, math.inf)
         if lower is not None:
             direction = direction.masked_fill(lower, -math.inf)
-        self._check_bounds(shape, kept, lower, upper)
+        kept = self.kept_per_cell(shape)
         cells = self.cells(direction)
         chosen = cells.topk(kept, dim=1, largest=False, sorted=False).indices
         mask = torch.zeros(cells.shape, dtype=torch.bool, device=cells.device)
@@ -224,20 +304,23 @@ class _Budget(CellPattern):
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.keep is None):
             raise InvalidInput(f"{type(self).__name__} takes either sparsity or keep.")
-        if self.sparsity is not None and not 0.0 < self.sparsity < 1.0:
+        if self.keep is not None:
+            object.__setattr__(self, "keep", whole_number(self.keep, "keep", least=0))
+            return
+        share = _as_share(self.sparsity)
+        if share is None or not 0.0 < share < 1.0:
             raise InvalidInput(
-                f"Sparsity {self.sparsity} is outside (0, 1); "
+                f"Sparsity {self.sparsity!r} is no number in (0, 1); "
                 "it is the fraction of weights removed."
             )
-        if self.keep is not None and self.keep < 0:
-            raise InvalidInput(f"keep={self.keep} is negative; it is the number of weights kept.")
+        object.__setattr__(self, "sparsity", share)
 
     def kept_per_cell(self, shape: Shape) -> int:
         size = self.cell_size(shape)
         if self.keep is not None:
             return self.keep
         assert self.sparsity is not None
-        return size - int(size * self.sparsity)
+        return size - _removed_count(size, self.sparsity)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": f"per_{self._scope}", "sparsity": self.sparsity, "keep": self.keep}
@@ -249,12 +332,14 @@ class _Budget(CellPattern):
 
 @dataclass(frozen=True)
 class PerRow(_Budget):
-    """Every row keeps ``d - int(d * sparsity)`` weights (or exactly ``keep``).
+    """Every row keeps ``d - removed_count(d, sparsity)`` weights (or exactly ``keep``).
+
+    ``sparsity=0.29`` of 100 inputs removes 29, see `removed_count`.
 
     Raises
     ------
     InvalidInput
-        If sparsity is outside (0, 1), or not exactly one of the two is given.
+        If sparsity is outside (0, 1), ``keep`` is no count, or not exactly one of the two is given.
     """
 
     sparsity: float | None = None
@@ -273,12 +358,12 @@ class PerRow(_Budget):
 
 @dataclass(frozen=True)
 class PerLayer(_Budget):
-    """The layer as a whole keeps ``rows * d - int(rows * d * sparsity)`` weights (or ``keep``).
+    """The layer as a whole keeps ``n - removed_count(n, sparsity)`` of its n weights (or ``keep``).
 
     Raises
     ------
     InvalidInput
-        If sparsity is outside (0, 1), or not exactly one of the two is given.
+        If sparsity is outside (0, 1), ``keep`` is no count, or not exactly one of the two is given.
     """
 
     sparsity: float | None = None
@@ -306,13 +391,15 @@ class NM(CellPattern):
     Raises
     ------
     InvalidInput
-        If ``keep`` is not in 1..group-1.
+        If they are no whole numbers, or ``keep`` is not in 1..group-1.
     """
 
     keep: int
     group: int
 
     def __post_init__(self) -> None:
+        for name in ("keep", "group"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if not 0 < self.keep < self.group:
             raise InvalidInput(
                 f"Pattern {self.keep}:{self.group} keeps {self.keep} of every {self.group} inputs; "
@@ -324,7 +411,7 @@ class NM(CellPattern):
         """Read "2:4"."""
         try:
             keep, group = (int(part) for part in text.split(":"))
-        except ValueError:
+        except (ValueError, AttributeError):
             raise InvalidInput(
                 f"Pattern '{text}' is not of the form keep:group, such as 2:4."
             ) from None
@@ -364,10 +451,10 @@ def pattern_from_dict(record: dict[str, Any]) -> Pattern:
         "per_layer": PerLayer,
         "nm": NM,
     }
-    fields = {name: value for name, value in record.items() if name != "kind"}
     try:
+        fields = {name: value for name, value in record.items() if name != "kind"}
         return kinds[record["kind"]](**fields)
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         raise InvalidInput(f"{record} describes no pattern known here.") from None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .frank_wolfe import FrankWolfe
+from .options import option
 from .pattern import CellPattern
 from .registry import register
 from .swap import Swap
@@ -20,8 +21,8 @@ class SparseFW(FrankWolfe):
     """
 
     step: Literal["auto", "open_loop", "line_search", "pairwise", "sliding"] = "open_loop"
-    tolerance: float = 0.0
-    fixed: float = 0.9
+    tolerance: float = option(0.0, least=0)
+    fixed: float = option(0.9, least=0, most=1)
 
     name = "sparsefw"
     summary = "SparseFW as published: open loop, nine tenths fixed by Wanda"
@@ -34,7 +35,7 @@ class SparseFW(FrankWolfe):
 class SparseSwaps(Swap):
     """SparseSwaps as published (arXiv 2512.10922): `Swap` with the best swap per row and pass."""
 
-    candidates: int = 1
+    candidates: int = option(1, least=1)
 
     name = "sparseswaps"
     summary = "SparseSwaps as published: the best swap per row and pass"

@@ -10,24 +10,26 @@ layer's output per token (Wanda, SparseFW eq. 1, SparseSwaps).
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .arrays import ArrayLike, matrix, truths
 from .errors import InvalidInput
 from .files import replaced_on_success
 from .pattern import Pattern
 
-ArrayLike: TypeAlias = Tensor | np.ndarray[Any, Any] | Sequence[Any]
-
 _OBJECTIVE_CHUNK = 1 << 24
 """Entries of a float64 block of rows while an objective is computed (128 MiB)."""
+
+LARGEST = {"weight": 1e70, "gram": 1e140, "linear": 1e140}
+"""Absolute values up to which no loss, nor what a solver makes of it, leaves float64."""
 
 
 class MaskProblem:
@@ -36,24 +38,31 @@ class MaskProblem:
     Parameters
     ----------
     weight
-        ``[rows, d]``, float16/bfloat16 (held as float32), float32 or float64.
+        ``[rows, d]``: a torch tensor, a NumPy array or nested lists of real numbers, held as
+        float32 or float64 (see `solvers.arrays`).
     gram
-        ``[d, d]``, symmetric positive semi-definite up to rounding; float32 or float64.
+        ``[d, d]``, symmetric positive semi-definite up to rounding.
     pattern
         The allowed masks.
     linear
         Optional ``[rows, d]``: cost of *pruning* each weight, added to the quadratic loss.
+    copy
+        Whether the problem gets tensors of its own, so that a change to the caller's does not
+        reach it. False spares the memory, for callers that do not change theirs while the problem
+        is in use.
 
     Attributes
     ----------
     weight, gram, linear, pattern
-        As given, validated; ``gram`` exactly symmetric, ``linear`` float64 or None.
+        As given, validated; ``gram`` exactly symmetric, ``linear`` float64 or None. An input whose
+        mean square is below the smallest normal number of the Gram matrix's type is dead: its row
+        and column are zero.
 
     Raises
     ------
     InvalidInput
-        If shapes do not fit, a value is not finite, the Gram matrix is not symmetric positive
-        semi-definite beyond rounding, or the pattern cannot hold for this shape.
+        If shapes do not fit, a value is not finite or above `LARGEST`, the Gram matrix is not
+        symmetric positive semi-definite beyond rounding, or the pattern cannot hold for this shape.
     """
 
     weight: Tensor
@@ -67,10 +76,12 @@ class MaskProblem:
         gram: ArrayLike,
         pattern: Pattern,
         linear: ArrayLike | None = None,
+        *,
+        copy: bool = True,
     ) -> None:
-        self.weight = _matrix(weight, "weight")
+        self.weight = _matrix(weight, "weight", copy=copy)
         rows, d = self.weight.shape
-        gram = _matrix(gram, "gram", self.weight.device)
+        gram = _matrix(gram, "gram", self.weight.device, copy=copy)
         if gram.shape != (d, d):
             raise InvalidInput(
                 f"The Gram matrix has shape {tuple(gram.shape)} but the weight has {d} inputs; "
@@ -79,12 +90,16 @@ class MaskProblem:
         self.gram = _checked_gram(gram)
         self.linear = None
         if linear is not None:
-            self.linear = _matrix(linear, "linear", self.weight.device).double()
+            self.linear = _matrix(linear, "linear", self.weight.device, copy=copy).double()
             if self.linear.shape != self.weight.shape:
                 raise InvalidInput(
                     f"The linear term has shape {tuple(self.linear.shape)}; it must match the "
                     f"weight, {(rows, d)}."
                 )
+        if not isinstance(pattern, Pattern):
+            raise InvalidInput(
+                f"{pattern!r} is no pattern; give one such as PerRow(sparsity=0.5) or NM(2, 4)."
+            )
         pattern.check((rows, d))
         self.pattern = pattern
 
@@ -157,26 +172,47 @@ class MaskProblem:
 
     def as_mask(self, mask: ArrayLike) -> Tensor:
         """``mask`` as a bool tensor on the problem's device; `InvalidInput` if it does not fit."""
-        mask = torch.as_tensor(mask, device=self.device)
-        if mask.dtype != torch.bool:
-            raise InvalidInput(f"A mask must be boolean (True = keep), not {mask.dtype}.")
+        mask = truths(mask, "A mask", self.device)
         if tuple(mask.shape) != self.shape:
             raise InvalidInput(f"The mask has shape {tuple(mask.shape)}; it must be {self.shape}.")
         return mask
 
-    def rows(self, index: Sequence[int] | slice | Tensor) -> MaskProblem:
-        """The same problem on some rows (a whole-layer sparsity then holds over those rows)."""
-        if isinstance(index, slice):
-            index = range(self.shape[0])[index]
-        chosen = torch.as_tensor(index, dtype=torch.long, device=self.device).reshape(-1)
-        if (
-            len(chosen) == 0
-            or int(chosen.min()) < -self.shape[0]
-            or int(chosen.max()) >= self.shape[0]
-        ):
-            raise InvalidInput(f"Rows must be a non-empty choice from 0..{self.shape[0] - 1}.")
+    def rows(self, index: int | slice | ArrayLike) -> MaskProblem:
+        """The same problem on some rows (a whole-layer sparsity then holds over those rows).
+
+        Parameters
+        ----------
+        index
+            Whole numbers, negative ones counting from the end; a slice; or one bool per row, the
+            True ones chosen.
+        """
+        chosen = self._chosen(index).to(self.device)
         linear = None if self.linear is None else self.linear[chosen]
         return self._derived(self.weight[chosen], self.gram, self.pattern, linear)
+
+    def _chosen(self, index: int | slice | ArrayLike) -> Tensor:
+        """The rows that an index names, long, or `InvalidInput`."""
+        rows = self.shape[0]
+        refusal = InvalidInput(
+            f"Rows must be a non-empty choice from 0..{rows - 1}: whole numbers, or one bool per "
+            "row."
+        )
+        if isinstance(index, slice):
+            index = range(rows)[index]
+        try:
+            array = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
+        except (TypeError, ValueError, RuntimeError):
+            raise refusal from None
+        array = array.reshape(-1)
+        if array.dtype.kind == "b":
+            if len(array) != rows:
+                raise refusal
+            array = array.nonzero()[0]
+        if array.dtype.kind not in "iu" or len(array) == 0:
+            raise refusal
+        if int(array.min()) < -rows or int(array.max()) >= rows:
+            raise refusal
+        return torch.from_numpy(array.astype(np.int64))
 
     def to(self, device: torch.device | str) -> MaskProblem:
         """The same problem on another device."""
@@ -218,7 +254,8 @@ class MaskProblem:
                 f"{path} lacks the tensor {sorted(missing)[0]!r}; "
                 "a problem file holds weight and gram."
             )
-        return cls(tensors["weight"], tensors["gram"], pattern, tensors.get("linear"))
+        parts = tensors["weight"], tensors["gram"], pattern, tensors.get("linear")
+        return cls(*parts, copy=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weight, gram (and linear) as safetensors; the pattern is not stored."""
@@ -231,20 +268,16 @@ class MaskProblem:
             save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
 
 
-def _matrix(values: ArrayLike, name: str, device: torch.device | None = None) -> Tensor:
-    matrix = torch.as_tensor(values, device=device).detach()
-    if matrix.ndim != 2 or 0 in matrix.shape:
+def _matrix(
+    values: Any, name: str, device: torch.device | None = None, *, copy: bool = True
+) -> Tensor:
+    checked = matrix(values, name, device, copy=copy)
+    if float(checked.abs().amax()) > LARGEST[name]:
+        row = int((checked.abs() > LARGEST[name]).any(dim=1).nonzero()[0])
         raise InvalidInput(
-            f"{name} has shape {tuple(matrix.shape)}; it must be a non-empty matrix."
+            f"{name} has values above {LARGEST[name]:g}, first in row {row}; scale it down."
         )
-    if not matrix.is_floating_point():
-        raise InvalidInput(f"{name} has type {matrix.dtype}; it must be floating point.")
-    if matrix.dtype not in (torch.float32, torch.float64):
-        matrix = matrix.float()
-    if not bool(torch.isfinite(matrix).all()):
-        row = int((~torch.isfinite(matrix)).any(dim=1).nonzero()[0])
-        raise InvalidInput(f"{name} has NaN or infinite values, first in row {row}; mend it first.")
-    return matrix
+    return checked
 
 
 def _checked_gram(gram: Tensor) -> Tensor:
@@ -254,6 +287,7 @@ def _checked_gram(gram: Tensor) -> Tensor:
     accumulated ``X X^T`` are of the size of float32 epsilon whatever the inputs' scales.
     """
     d = gram.shape[0]
+    gram = _without_underflow(gram)
     diagonal = gram.diagonal()
     if bool((diagonal < 0).any()):
         raise InvalidInput(
@@ -263,6 +297,8 @@ def _checked_gram(gram: Tensor) -> Tensor:
     scale = torch.where(diagonal > 0, diagonal.double().rsqrt(), 0.0).to(gram.dtype)
     correlation = gram * scale * scale[:, None]
     epsilon = torch.finfo(torch.float32).eps
+    if not bool(torch.isfinite(correlation).all()):
+        raise _indefinite()
     if float((correlation - correlation.T).abs().max()) > 64 * epsilon:
         raise InvalidInput("The Gram matrix is not symmetric; pass X X^T, or (G + G^T) / 2.")
     dead = diagonal == 0
@@ -273,8 +309,31 @@ def _checked_gram(gram: Tensor) -> Tensor:
         )
     correlation.diagonal().add_(d * epsilon)
     if int(torch.linalg.cholesky_ex(correlation).info) != 0:
-        raise InvalidInput(
-            "The Gram matrix is not positive semi-definite beyond rounding; pass X X^T, "
-            "or add damping to its diagonal."
-        )
+        raise _indefinite()
     return gram if bool((gram == gram.T).all()) else (gram + gram.T) / 2
+
+
+def _without_underflow(gram: Tensor) -> Tensor:
+    """Zero rows and columns for the inputs whose mean square underflowed.
+
+    Below the smallest normal number ``t`` of the type a mean square has no relative accuracy, or
+    is 0, while products ``G_ij``, of size ``sqrt(G_ii G_jj)``, may still be there. Where they are
+    no larger than a mean square of ``t`` allows, the input is dead; others are left for the tests
+    to refuse.
+    """
+    tiny = torch.finfo(gram.dtype).tiny
+    diagonal = gram.diagonal()
+    lost = (diagonal < tiny) & (diagonal >= 0)
+    if not bool(gram[lost].any()):
+        return gram
+    largest = diagonal.double().clamp_min(tiny).sqrt() * math.sqrt(tiny) * (1 + 1e-6)
+    lost[lost.clone()] = (gram[lost].double().abs() <= largest).all(dim=1)
+    gram = gram.masked_fill(lost, 0.0)
+    return gram.masked_fill_(lost[:, None], 0.0)
+
+
+def _indefinite() -> InvalidInput:
+    return InvalidInput(
+        "The Gram matrix is not positive semi-definite beyond rounding; pass X X^T, "
+        "or add damping to its diagonal."
+    )

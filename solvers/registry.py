@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .arrays import ArrayLike
 from .clock import Clock
 from .errors import InvalidInput
 from .linear import Linear
 from .pattern import NM, Pattern, PerLayer, PerRow
-from .problem import ArrayLike, MaskProblem
+from .problem import MaskProblem
 from .solution import MaskSolution
 from .solver import Callback, Solver
 
@@ -84,12 +85,9 @@ def get_solver(name: str, **options: Any) -> Solver:
     InvalidInput
         If the name or an option is unknown; the sentence lists the known ones.
     """
-    try:
-        solver = _SOLVERS[name]
-    except KeyError:
-        raise InvalidInput(
-            f"There is no solver '{name}'; the solvers are {', '.join(_SOLVERS)}."
-        ) from None
+    solver = _SOLVERS.get(name) if isinstance(name, str) else None
+    if solver is None:
+        raise InvalidInput(f"There is no solver '{name}'; the solvers are {', '.join(_SOLVERS)}.")
     unknown = options.keys() - set(solver.options())
     if unknown:
         known = ", ".join(solver.options()) or "none"
@@ -107,7 +105,7 @@ def solve(
     problem: MaskProblem,
     solver: str,
     *,
-    start: str | ArrayLike | None = None,
+    start: str | ArrayLike | MaskSolution | None = None,
     time_limit: float | None = None,
     seed: int = 0,
     callback: Callback | None = None,
@@ -122,13 +120,14 @@ def solve(
     solver
         A name out of `available`.
     start
-        Where to begin: a mask (bool ``[rows, d]``) or the name of another solver. None leaves it
-        to the solver; one that needs a start then begins at `DEFAULT_START`.
+        Where to begin: a mask (bool ``[rows, d]``), a solution (its mask) or the name of another
+        solver. None leaves it to the solver; one that needs a start then begins at
+        `DEFAULT_START`.
     time_limit
         Seconds, for a start given by name and ``solver`` together. Imports and just-in-time
         compilation do not count.
     seed
-        Of whatever is drawn at random.
+        Of whatever is drawn at random: a whole number in 0..2^63-1.
     callback
         Called with `Progress`.
     **options
@@ -165,7 +164,9 @@ def solve(
         starter = get_solver(start)
         starter.prepare(problem.device)
         clock = Clock(time_limit)
-        start = starter.solve(problem, time_limit=clock.limit, seed=seed).mask
+        start = starter.solve(problem, time_limit=clock.limit, seed=seed)
         time_limit = clock.limit
+    if isinstance(start, MaskSolution):
+        start = start.mask
     mask = None if start is None else problem.as_mask(start)
     return chosen.solve(problem, start=mask, time_limit=time_limit, seed=seed, callback=callback)

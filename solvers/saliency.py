@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InvalidInput
+from .options import option
 from .pattern import Pattern
 from .problem import MaskProblem
 from .registry import register
 from .solution import Status
 from .solver import Outcome, Search, Solver
+
+_MODERATE = 1e-12, 1e12
+"""Largest weight and input norm between which float32 holds products and sums of them."""
 
 
 class Saliency(Solver):
@@ -59,7 +62,8 @@ class Wanda(Saliency):
     summary = "keep the weights whose single removal costs most"
 
     def score(self, problem: MaskProblem) -> Tensor:
-        return problem.weight.abs() * _input_norms(problem)
+        magnitude, norms = _magnitudes(problem)
+        return magnitude * norms
 
 
 @register
@@ -71,23 +75,26 @@ class RIA(Saliency):
     activation power is 0.5.
     """
 
-    power: float = 0.5
+    power: float = option(0.5, least=0)
 
     name = "ria"
     summary = "keep the weights that matter most relative to their row and column"
 
-    def __post_init__(self) -> None:
-        if not self.power >= 0:
-            raise InvalidInput(f"RIA's power {self.power} is negative; the paper uses 0.5.")
-
     def score(self, problem: MaskProblem) -> Tensor:
-        magnitude = problem.weight.abs()
+        magnitude, norms = _magnitudes(problem)
         tiny = torch.finfo(magnitude.dtype).tiny
         column = magnitude.sum(dim=0, keepdim=True).clamp_min(tiny)
         row = magnitude.sum(dim=1, keepdim=True).clamp_min(tiny)
-        return magnitude * (1 / column + 1 / row) * _input_norms(problem) ** self.power
+        return magnitude * (1 / column + 1 / row) * norms**self.power
 
 
-def _input_norms(problem: MaskProblem) -> Tensor:
-    """``||X_j|| / sqrt(tokens)``, ``[d]``, in the weight's dtype."""
-    return problem.gram.diagonal().sqrt().to(problem.weight.dtype)
+def _magnitudes(problem: MaskProblem) -> tuple[Tensor, Tensor]:
+    """``|W_ij|``, ``[rows, d]``, and ``||X_j|| / sqrt(tokens)``, ``[d]``, in the weight's dtype.
+
+    In float64 where float32 might not hold what is made of them.
+    """
+    magnitude, norms = problem.weight.abs(), problem.gram.diagonal().sqrt()
+    least, most = _MODERATE
+    moderate = all(least < float(values.amax()) < most for values in (magnitude, norms))
+    dtype = problem.weight.dtype if moderate else torch.float64
+    return magnitude.to(dtype), norms.to(dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .clock import Clock
-from .errors import InvalidInput
+from .options import option
 from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
@@ -111,9 +111,9 @@ class Scip(Solver):
     ``program_times`` (seconds) and ``program_status`` (names of `Status`).
     """
 
-    rel_gap: float = 1e-4
-    node_limit: int | None = None
-    threads: int = 1
+    rel_gap: float = option(1e-4, least=0)
+    node_limit: int | None = option(None, least=1)
+    threads: int = option(1, least=1)
     verbose: bool = False
     reformulation: bool | None = None
 
@@ -124,14 +124,6 @@ class Scip(Solver):
     rowwise = True
     gives_bound = True
     requires = ("pyscipopt",)
-
-    def __post_init__(self) -> None:
-        if not self.rel_gap >= 0:
-            raise InvalidInput(f"rel_gap={self.rel_gap} is negative; give 0 or more.")
-        if self.node_limit is not None and self.node_limit < 1:
-            raise InvalidInput(f"node_limit={self.node_limit} solves nothing; give at least 1.")
-        if self.threads < 1:
-            raise InvalidInput(f"threads={self.threads} solves nothing; give at least 1.")
 
     def prepare(self, device: torch.device) -> None:
         import pyscipopt  # noqa: F401

@@ -16,6 +16,7 @@ from torch import Tensor
 from .certificate import Certificate
 from .clock import Clock
 from .errors import InvalidInput
+from .options import checked_options, checked_seed
 from .pattern import Pattern, PerRow
 from .problem import MaskProblem
 from .solution import ABSOLUTE_GAP, Evidence, MaskSolution, Status, TracePoint, is_closed
@@ -102,6 +103,9 @@ class Solver(ABC):
     composite: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        checked_options(self, f"Solver '{self.name}'")
+
     @abstractmethod
     def _search(self, search: Search) -> Outcome:
         """Choose a mask; `solve` checks, times and evaluates around it."""
@@ -133,7 +137,7 @@ class Solver(ABC):
         time_limit
             Seconds; None for no limit. Imports and just-in-time compilation do not count.
         seed
-            Of whatever the solver draws at random.
+            Of whatever the solver draws at random: a whole number in 0..2^63-1.
         callback
             Told about progress; an exception it raises ends the search.
 
@@ -141,7 +145,8 @@ class Solver(ABC):
         ------
         InvalidInput
             If the solver cannot handle this pattern or a problem of this size, its library is
-            missing, the start does not follow the pattern, or the time limit is not positive.
+            missing, the start does not follow the pattern, the time limit is not positive, or the
+            seed is no whole number in its range.
         """
         Clock(time_limit)  # refuses what is no limit before anything is done
         reason = self.unable(problem.pattern) or self.refuse(problem)
@@ -156,7 +161,7 @@ class Solver(ABC):
                 raise InvalidInput(f"The start does not follow the pattern: {violation}.")
         elif self.needs_start:
             raise InvalidInput(f"Solver '{self.name}' needs a start: a mask or a solver's name.")
-        search = Search(problem, start, clock, seed, callback)
+        search = Search(problem, start, clock, checked_seed(seed), callback)
         outcome = self._search(search)
         seconds = clock.seconds
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput
+from .options import checked_options, option
 from .pattern import NM, CellPattern, PerLayer, PerRow
 from .registry import register
 from .solution import Status
@@ -36,10 +37,10 @@ class SparseGPTUpdate:
         In units of the mean diagonal of the Gram matrix.
     """
 
-    damping: float = 1e-2
+    damping: float = option(1e-2, least=0)
 
     def __post_init__(self) -> None:
-        _check_damping(self.damping)
+        checked_options(self, type(self).__name__)
 
     def __call__(self, weight: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
         """Updated weights, ``[rows, d]`` in the weight's dtype; computed in float64."""
@@ -70,18 +71,13 @@ class SparseGPT(Solver):
         Columns whose mask is chosen together; the paper's is 128.
     """
 
-    damping: float = 1e-2
-    block: int = 128
+    damping: float = option(1e-2, least=0)
+    block: int = option(128, least=1)
 
     name = "sparsegpt"
     summary = "SparseGPT's mask, meant for a weight update after it"
     patterns = (PerRow, NM, PerLayer)
     ignores_linear = True
-
-    def __post_init__(self) -> None:
-        _check_damping(self.damping)
-        if self.block < 1:
-            raise InvalidInput(f"block={self.block} holds no column; give at least 1.")
 
     def _search(self, search: Search) -> Outcome:
         problem = search.problem
@@ -117,7 +113,7 @@ def _by_share(pattern: CellPattern, shape: tuple[int, int]) -> _Choice:
 
 def _in_groups(pattern: NM) -> _Choice:
     def choose(_: int, __: int, weight: Tensor, pivot: Tensor) -> Tensor:
-        return pattern.round((weight / pivot) ** 2)
+        return pattern.unchecked_lmo(-((weight / pivot) ** 2))
 
     return choose
 
@@ -160,8 +156,3 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         raise InvalidInput("SparseGPT's matrix is singular; give more damping, such as 0.01.")
     upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     return upper
-
-
-def _check_damping(damping: float) -> None:
-    if not damping >= 0:
-        raise InvalidInput(f"damping={damping} is negative; give 0 or more.")

@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import ArrayLike, numbers, truths
 from .errors import InvalidInput
 from .linear import Linear
+from .options import finite_number, whole_number
 from .pattern import Pattern, PerRow
-from .problem import ArrayLike, MaskProblem
+from .problem import MaskProblem
 
 
 def input_groups(
@@ -56,7 +58,7 @@ def input_groups(
     InvalidInput
         If the layer is not a valid one, or a group is empty, or the pattern does not fit.
     """
-    layer = MaskProblem(weight, gram, PerRow(keep=0))
+    layer = MaskProblem(weight, gram, PerRow(keep=0), copy=False)
     group = group_of_each(groups, layer.shape[1]).to(layer.device)
     count = int(group.max()) + 1
 
@@ -70,7 +72,7 @@ def input_groups(
     dead = summed.diagonal() <= 64 * torch.finfo(layer.gram.dtype).eps * size
     summed[dead] = 0.0
     summed[:, dead] = 0.0
-    return MaskProblem(summed.new_ones(1, count), (summed + summed.T) / 2, pattern)
+    return MaskProblem(summed.new_ones(1, count), (summed + summed.T) / 2, pattern, copy=False)
 
 
 def input_channels(weight: ArrayLike, gram: ArrayLike, pattern: Pattern) -> MaskProblem:
@@ -107,13 +109,14 @@ def expand(mask: ArrayLike, groups: int | ArrayLike, rows: int = 1) -> Tensor:
 
     ``groups`` as for `input_groups`.
     """
-    mask = torch.as_tensor(mask)
-    if mask.dtype != torch.bool or mask.ndim != 2 or len(mask) != 1:
+    mask = truths(mask, "A mask over groups")
+    if mask.ndim != 2 or len(mask) != 1:
         raise InvalidInput(
-            f"A mask over groups must be boolean [1, groups], not {mask.dtype} {tuple(mask.shape)}."
+            f"A mask over groups must be boolean [1, groups], not of shape {tuple(mask.shape)}."
         )
+    rows = whole_number(rows, "rows", least=1)
     count = mask.shape[1]
-    d = groups * count if isinstance(groups, int) else len(groups)
+    d = int(groups) * count if isinstance(groups, (int, np.integer)) else len(groups)
     group = group_of_each(groups, d).to(mask.device)
     if int(group.max()) + 1 != count:
         raise InvalidInput(f"The mask has {count} groups where {int(group.max()) + 1} are named.")
@@ -126,7 +129,7 @@ def wanda_sp(weight: ArrayLike, gram: ArrayLike, groups: int | ArrayLike = 1) ->
     The structured form of Wanda that FLAP (An et al., AAAI 2024, arXiv:2312.11983) compares with.
     Its published code takes the mean over rows, which orders groups in the same way.
     """
-    layer = MaskProblem(weight, gram, PerRow(keep=0))
+    layer = MaskProblem(weight, gram, PerRow(keep=0), copy=False)
     score = layer.weight.double().abs().sum(dim=0) * layer.gram.double().diagonal().sqrt()
     return _summed_over(score, groups)
 
@@ -146,8 +149,10 @@ def flap(
     mean
         ``[d]``, of the inputs that ``gram`` was taken of.
     """
-    layer = MaskProblem(weight, gram, PerRow(keep=0))
-    middle = torch.as_tensor(mean).double().to(layer.device)
+    layer = MaskProblem(weight, gram, PerRow(keep=0), copy=False)
+    middle = numbers(mean, "mean", layer.device).double()
+    if tuple(middle.shape) != layer.shape[1:] or not bool(torch.isfinite(middle).all()):
+        raise InvalidInput(f"The mean must be {layer.shape[1]} finite numbers, one per input.")
     variance = (layer.gram.double().diagonal() - middle.square()).clamp(min=0.0)
     score = variance * layer.weight.double().square().sum(dim=0)
     group = group_of_each(groups, layer.shape[1])
@@ -161,7 +166,9 @@ def _summed_over(score: Tensor, groups: int | ArrayLike) -> Tensor:
 
 def most_salient(scores: Tensor, keep: int) -> Tensor:
     """The mask that keeps the ``keep`` groups of the largest scores, bool ``[1, K]``."""
-    return PerRow(keep=keep).round(scores.double()[None])
+    pattern = PerRow(keep=keep)
+    pattern.check((1, len(scores)))
+    return pattern.round(scores.double()[None])
 
 
 def refitted(
@@ -193,8 +200,7 @@ def refitted(
     InvalidInput
         If the damping is negative, or the system is singular for lack of it.
     """
-    if not damping >= 0:
-        raise InvalidInput(f"damping={damping} is negative; give 0 or more.")
+    damping = finite_number(damping, "damping", least=0)
     w, g = weight.double(), gram.double()
     index = kept.nonzero()[:, 0]
     ridge = damping * float(g.diagonal().mean())
@@ -246,6 +252,9 @@ def eliminate(
     """
     fit = _Fit(weight, gram, groups, damping)
     count = len(fit.kept)
+    keep = whole_number(keep, "keep", least=0)
+    if exchanges is not None:
+        exchanges = whole_number(exchanges, "exchanges", least=0)
     PerRow(keep=keep).check((1, count))
     for _ in range(count - keep):
         fit.remove(int(fit.losses().argmin()))
@@ -301,14 +310,13 @@ class _Fit:
     def __init__(
         self, weight: ArrayLike, gram: ArrayLike, groups: int | ArrayLike, damping: float
     ) -> None:
-        layer = MaskProblem(weight, gram, PerRow(keep=0))
+        layer = MaskProblem(weight, gram, PerRow(keep=0), copy=False)
         group = group_of_each(groups, layer.shape[1]).to(layer.device)
         count = int(group.max()) + 1
         members = group.argsort(stable=True).view(count, -1) if len(group) % count == 0 else None
         if members is None or not bool((group[members] == group[members[:, :1]]).all()):
             raise InvalidInput("Groups to eliminate must be of one size.")
-        if not damping >= 0:
-            raise InvalidInput(f"damping={damping} is negative; give 0 or more.")
+        damping = finite_number(damping, "damping", least=0)
         self._members = members
         self._weight = layer.weight.double()
         self._gram = layer.gram.double().clone()
@@ -421,10 +429,11 @@ def parameter_budget(
     >>> heads.lmo(torch.tensor([[-3.0, -2.0, -2.0]]))
     tensor([[False,  True,  True]])
     """
-    cost = torch.as_tensor(costs).detach().cpu().double().numpy()
+    cost = numbers(costs, "costs").cpu().double().numpy()
+    budget = finite_number(budget, "budget")
     if cost.ndim != 1 or len(cost) == 0 or not (cost >= 0).all():
         raise InvalidInput("The costs must be non-negative numbers, one per group.")
-    matrix, lower, upper, names = [cost], [-np.inf], [float(budget)], ["the budget"]
+    matrix, lower, upper, names = [cost], [-np.inf], [budget], ["the budget"]
     for name, (index, minimum) in (at_least or {}).items():
         chosen = np.asarray(index, dtype=np.int64)
         if chosen.ndim != 1 or not ((chosen >= 0) & (chosen < len(cost))).all():
@@ -440,13 +449,17 @@ def parameter_budget(
 
 def group_of_each(groups: int | ArrayLike, d: int) -> Tensor:
     """Group of each of ``d`` inputs, long ``[d]``, or `InvalidInput`."""
-    if isinstance(groups, int):
+    if isinstance(groups, (int, np.integer)):
+        groups = whole_number(groups, "groups")
         if groups < 1 or d % groups:
             raise InvalidInput(
                 f"Groups of {groups} inputs do not divide a layer of {d} inputs evenly."
             )
         return torch.arange(d) // groups
-    group = torch.as_tensor(groups)
+    try:
+        group = torch.as_tensor(groups)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(f"Groups are one whole number for each of {d} inputs.") from None
     if group.shape != (d,) or group.is_floating_point() or group.dtype == torch.bool:
         raise InvalidInput(
             f"The groups have shape {tuple(group.shape)} and type {group.dtype}; "

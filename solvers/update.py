@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput
+from .options import checked_options, option
 
 _CHUNK = 1 << 24
 """Float64 entries of the batch of systems that is factorised at once (128 MiB)."""
@@ -85,16 +86,13 @@ class LeastSquares:
         Of "cg": most of them.
     """
 
-    damping: float = 1e-2
+    damping: float = option(1e-2, least=0)
     method: Method = "auto"
-    tolerance: float = 1e-9
-    iterations: int = 2000
+    tolerance: float = option(1e-9, least=0)
+    iterations: int = option(2000, least=1)
 
     def __post_init__(self) -> None:
-        if not self.damping >= 0:
-            raise InvalidInput(f"damping={self.damping} is negative; give 0 or more.")
-        if self.method not in ("auto", "cholesky", "cg"):
-            raise InvalidInput(f"method '{self.method}' is none of auto, cholesky, cg.")
+        checked_options(self, type(self).__name__)
 
     def __call__(
         self, weight: Tensor, gram: Tensor, mask: Tensor, cross: Tensor | None = None

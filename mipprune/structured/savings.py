@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from solvers import InvalidInput
+from solvers import InvalidInput, removed_count
 
 from .coupling import WORDS, Kind, Options, empty_model
 
@@ -54,7 +54,7 @@ class Parameters:
             If not so many can go.
         """
         total = sum(one.numel() for one in model.parameters())
-        target = total - int(total * self.share) + (_added(model) if add_biases else 0)
+        target = total - removed_count(total, self.share) + (_added(model) if add_biases else 0)
         each = {kind: parameters_each(model, one) for kind, one in options.items()}
         amounts = {
             kind: [each[kind] * (one.counts[0] - count) for count in one.counts]

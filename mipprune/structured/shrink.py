@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from solvers import InvalidInput
+from solvers import InvalidInput, removed_count
 from solvers.structured import expand
 
 from ..calibration import Windows, calibration_windows, window_length
@@ -290,7 +290,7 @@ def shift_bias(module: nn.Module, shift: torch.Tensor) -> None:
 def counts_left(
     model: PreTrainedModel, neurons: float, kv_groups: float, multiple_of: int = 1
 ) -> dict[Kind, int]:
-    """Groups to keep in every block, of the kinds that lose some; ``K - int(K share)``.
+    """Groups to keep in every block, of the kinds that lose some; ``K - removed_count(K, share)``.
 
     Raises
     ------
@@ -309,7 +309,7 @@ def counts_left(
             continue
         count = group_count(model.config, kind)
         unit = multiple_of if kind == "neurons" else 1
-        left = math.ceil((count - int(count * share)) / unit) * unit
+        left = math.ceil((count - removed_count(count, share)) / unit) * unit
         if left >= count:
             rounded = f", rounded to multiples of {unit}," if unit > 1 else ""
             raise InvalidInput(
@@ -329,7 +329,7 @@ def share_removed(count: int, left: int) -> float:
     """A share, of few digits, that leaves ``left`` of ``count`` groups in `counts_left`."""
     gone, scale = count - left, 10_000
     share = math.ceil(gone / count * scale) / scale
-    while int(count * share) != gone:
+    while removed_count(count, share) != gone:
         scale *= 10
         share = math.ceil(gone / count * scale) / scale
     return share

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..clock import Clock
-from ..errors import InvalidInput
+from ..options import option
 from ..pattern import CellPattern, Pattern
 from ..problem import MaskProblem
 from ..registry import register
@@ -23,7 +23,7 @@ from ..semidefinite.witness import ConvexForm
 from ..solution import Evidence, Status, TracePoint
 from ..solver import Outcome, Search, Solver, warm_up
 from ..standing import Incumbent, Standing
-from .branching import BRANCHINGS, Branching
+from .branching import Branching
 from .hull import solve_over_hull
 from .subtrees import Subtrees
 from .tree import NodeSelection, Tree, TreeLimits, TreeResult
@@ -79,20 +79,20 @@ class BranchAndBound(Solver):
     in total.
     """
 
-    rel_gap: float = 1e-4
+    rel_gap: float = option(1e-4, least=0)
     reformulation: bool = True
-    root_share: float = 0.3
-    root_rounds: int = 120
-    root_gain: float = 0.15
-    root_triangles_above: float = 0.02
-    subtree_nodes: int = 25_000
-    subtree_rounds: int = 12
-    max_nodes: int | None = None
-    max_steps: int = 2000
+    root_share: float = option(0.3, above=0, most=1)
+    root_rounds: int = option(120, least=1)
+    root_gain: float = option(0.15, least=0, most=1)
+    root_triangles_above: float = option(0.02, least=0, infinite=True)
+    subtree_nodes: int = option(25_000, least=1)
+    subtree_rounds: int = option(12, least=1)
+    max_nodes: int | None = option(None, least=1)
+    max_steps: int = option(2000, least=1)
     branching: Branching = "pseudocost"
     node_selection: NodeSelection = "best_first"
     tighten: bool = True
-    batch: int = 64
+    batch: int = option(64, least=1)
     hull: bool = True
 
     name = "branch_and_bound"
@@ -102,21 +102,6 @@ class BranchAndBound(Solver):
     rowwise = True
     gives_bound = True
     needs_start = True
-
-    def __post_init__(self) -> None:
-        if not self.rel_gap >= 0:
-            raise InvalidInput(f"rel_gap={self.rel_gap} is negative; give 0 or more.")
-        if not 0 < self.root_share <= 1:
-            raise InvalidInput(f"root_share={self.root_share} is no share; give 0 < share <= 1.")
-        for count in ("batch", "max_steps", "root_rounds", "subtree_nodes", "subtree_rounds"):
-            if getattr(self, count) < 1:
-                raise InvalidInput(f"{count}={getattr(self, count)} is too few; give 1 or more.")
-        if self.branching not in BRANCHINGS:
-            raise InvalidInput(f"branching '{self.branching}' is none of {', '.join(BRANCHINGS)}.")
-        if self.node_selection not in ("best_first", "depth_first"):
-            raise InvalidInput(
-                f"node_selection '{self.node_selection}' is neither best_first nor depth_first."
-            )
 
     def prepare(self, device: torch.device) -> None:
         Semidefinite().prepare(device)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..pattern import CellPattern, Pattern
 from ..swap.rows import ScaledRows
+from ..threads import matmul_precision
 
 DTYPES = {
     "float64": torch.float64,
@@ -38,12 +39,8 @@ class Product:
         """``rows @ gram``, float64 ``[rows, d]``."""
         if self._dtype != torch.float32:
             return (self._rounded(rows) @ self._gram).double()
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self._tfloat else "highest")
-        try:
+        with matmul_precision("high" if self._tfloat else "highest", rows.device):
             return (self._rounded(rows) @ self._gram).double()
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     def _rounded(self, values: Tensor) -> Tensor:
         values = values.to(self._dtype)
@@ -103,13 +100,13 @@ class Batch:
     def lmo(self, direction: Tensor) -> Tensor:
         """The pattern's oracle with the fixed entries, bool ``[rows, d]``."""
         self.lmo_calls += 1
-        return self.pattern.lmo(direction, self.lower)
+        return self.pattern.unchecked_lmo(direction, self.lower)
 
     def away(self, gradient: Tensor) -> Tensor:
         """Worst vertex of the smallest face that holds ``z``, bool ``[rows, d]``."""
         self.lmo_calls += 1
         lower = self.z >= 1
-        return self.pattern.lmo(
+        return self.pattern.unchecked_lmo(
             -gradient, lower if self.lower is None else lower | self.lower, self.z > 0
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..clock import Clock
-from ..pattern import CellPattern
+from ..pattern import CellPattern, removed_count
 from ..problem import MaskProblem
 from ..saliency import Wanda
 from ..solution import Evidence, Status, TracePoint
@@ -196,12 +195,12 @@ class Run:
 
 
 def _fixed(problem: MaskProblem, score: Tensor, share: float) -> Tensor | None:
-    """The best-scored ``floor(kept * share)`` entries of each cell, bool; None for none."""
+    """The best-scored ``removed_count(kept, share)`` entries of each cell, bool; None for none."""
     pattern = problem.pattern
     if share == 0:
         return None
     assert isinstance(pattern, CellPattern)
-    count = math.floor(pattern.kept_per_cell(problem.shape) * share + 1e-9)
+    count = removed_count(pattern.kept_per_cell(problem.shape), share)
     cells = pattern.cells(score)
     mask = torch.zeros(cells.shape, dtype=torch.bool, device=cells.device)
     return mask.scatter_(1, cells.topk(count, dim=1).indices, True).reshape(problem.shape)

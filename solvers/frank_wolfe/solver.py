@@ -21,13 +21,12 @@ from torch import Tensor
 
 from ..clock import Clock
 from ..errors import InvalidInput
+from ..options import option
 from ..pattern import CellPattern, Pattern
 from ..problem import MaskProblem
 from ..registry import register
 from ..solver import Outcome, Search, Solver
-from .batch import DTYPES
 from .run import Run
-from .steps import STEPS
 
 
 @register
@@ -47,9 +46,9 @@ class FrankWolfe(Solver):
         budget stop together, on their sums.
     fixed
         Share of each cell's kept weights that Wanda chooses beforehand (the paper's alpha), as
-        ``floor(kept * fixed)`` weights; the rest is optimised. 0 is the default, since only then
-        is the whole problem relaxed and bounded. More raises the relaxed loss but leaves less to
-        round: measured at 60 % per row, 0.5 gives the best masks (benchmarks/frank_wolfe.py).
+        ``removed_count(kept, fixed)`` weights; the rest is optimised. 0 is the default, since only
+        then is the whole problem relaxed and bounded. More raises the relaxed loss but leaves less
+        to round: measured at 60 % per row, 0.5 gives the best masks (benchmarks/frank_wolfe.py).
         The paper's default is 0.9, chosen for perplexity.
     dtype
         Of the matrix products: "float64", "float32", "tfloat32" (10 bits of mantissa; tensor
@@ -89,9 +88,9 @@ class FrankWolfe(Solver):
     """
 
     step: Literal["auto", "open_loop", "line_search", "pairwise", "sliding"] = "auto"
-    iterations: int = 2000
-    tolerance: float = 1e-4
-    fixed: float = 0.0
+    iterations: int = option(2000, least=1)
+    tolerance: float = option(1e-4, least=0)
+    fixed: float = option(0.0, least=0, most=1)
     dtype: Literal["float64", "float32", "tfloat32", "bfloat16"] = "float64"
 
     name = "frank_wolfe"
@@ -99,18 +98,6 @@ class FrankWolfe(Solver):
     patterns = (Pattern,)
     gives_bound = True
     rowwise = True
-
-    def __post_init__(self) -> None:
-        if self.step not in STEPS:
-            raise InvalidInput(f"step '{self.step}' is none of {', '.join(STEPS)}.")
-        if self.iterations < 1:
-            raise InvalidInput(f"iterations={self.iterations} runs nothing; give at least 1.")
-        if not self.tolerance >= 0:
-            raise InvalidInput(f"tolerance={self.tolerance} is negative; give 0 or more.")
-        if not 0 <= self.fixed <= 1:
-            raise InvalidInput(f"fixed={self.fixed} is outside [0, 1]; it is a share.")
-        if self.dtype not in DTYPES:
-            raise InvalidInput(f"dtype '{self.dtype}' is none of {', '.join(DTYPES)}.")
 
     def _search(self, search: Search) -> Outcome:
         problem, start, clock = search.problem, search.start, search.clock

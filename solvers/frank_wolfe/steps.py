@@ -10,8 +10,6 @@ from torch import Tensor
 from ..pattern import CellPattern
 from .batch import SNAP, Batch
 
-STEPS = ("auto", "open_loop", "line_search", "pairwise", "sliding")
-
 _NEWTON_STEPS = 100
 """Most steps to a cell's multiplier; few are used, since each either is exact or halves."""
 
@@ -108,7 +106,7 @@ class _ActiveSet:
 class _Sliding:
     """Accelerated steps whose model, with a diagonal metric, is minimised cell by cell."""
 
-    _GROWTH, _DECAY, _LEAST, _FLOOR = 1.5, 0.98, 1e-2, 1e-2
+    _GROWTH, _DECAY, _LEAST, _FLOOR, _LINEAR_FLOOR = 1.5, 0.98, 1e-2, 1e-2, 1e-6
 
     def __init__(self, batch: Batch, pattern: CellPattern) -> None:
         z = batch.z
@@ -117,7 +115,12 @@ class _Sliding:
         size = batch.rows.weight**2 * batch.rows.gram.diagonal()
         mean = size.mean().expand(len(z)) if batch.joint else size.mean(dim=1)
         mean = torch.where(mean > 0, mean, 1.0)[:, None]
-        self._metric = 2 * torch.maximum(size, self._FLOOR * mean)
+        # Where the linear term outweighs all else, a step of 1e6 leads to a vertex as well as any,
+        # and longer ones leave nothing of the differences between entries.
+        linear = batch.rows.linear.abs()
+        linear = linear.amax().expand(len(z)) if batch.joint else linear.amax(dim=1)
+        floor = torch.maximum(self._FLOOR * mean, self._LINEAR_FLOOR * linear[:, None])
+        self._metric = 2 * torch.maximum(size, floor)
         self._factor = torch.full_like(z[:, 0], 4.0)
         self._momentum = torch.ones_like(self._factor)
         self._ahead, self._ahead_correlation = torch.zeros_like(z), torch.zeros_like(z)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..clock import Clock
 from ..errors import InvalidInput
+from ..options import option
 from ..pattern import NM, PerLayer, PerRow
 from ..registry import get_solver, register
 from ..solution import Status
@@ -55,25 +56,16 @@ class Joint(Solver):
     """
 
     initial: str = "alps"
-    damping: float = 1e-2
-    candidates: int = 16
-    max_swaps: int | None = None
-    tolerance: float = 1e-6
+    damping: float = option(1e-2, least=0)
+    candidates: int = option(16, least=1)
+    max_swaps: int | None = option(None, least=1)
+    tolerance: float = option(1e-6, least=0)
 
     name = "joint"
     summary = "mask and weights together: swaps on the least squares loss"
     patterns = (PerRow, NM, PerLayer)
     ignores_linear = True
     requires = ("numba",)
-
-    def __post_init__(self) -> None:
-        LeastSquares(damping=self.damping)
-        if self.candidates < 1:
-            raise InvalidInput(f"candidates={self.candidates} must be at least 1.")
-        if self.max_swaps is not None and self.max_swaps < 1:
-            raise InvalidInput(f"max_swaps={self.max_swaps} changes nothing; give at least 1.")
-        if not self.tolerance >= 0:
-            raise InvalidInput(f"tolerance={self.tolerance} is negative; give 0 or more.")
 
     def prepare(self, device: torch.device) -> None:
         get_solver(self.initial).prepare(device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..clock import Clock
 from ..solution import ABSOLUTE_GAP
+from ..threads import one_blas_thread
 from .cuts import Array
 from .dual import DualAscent, Iterate, Multipliers
 from .program import BinaryProgram
@@ -182,6 +183,4 @@ def _ascend(
 
 def _blas_threads(inputs: int) -> AbstractContextManager[object]:
     """One BLAS thread where more would only wait for each other."""
-    from threadpoolctl import threadpool_limits
-
-    return nullcontext() if inputs >= THREADS_PAY_FROM else threadpool_limits(1, user_api="blas")
+    return nullcontext() if inputs >= THREADS_PAY_FROM else one_blas_thread()

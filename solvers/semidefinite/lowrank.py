@@ -13,7 +13,6 @@ Nothing here is trusted: `witness` proves whatever multipliers come out.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..clock import Clock
 from ..pattern import CellPattern
 from ..problem import MaskProblem
+from ..threads import quiet_warnings
 from .cuts import FAMILIES, Array, Cuts
 
 _MEMORY = 8
@@ -207,8 +207,7 @@ class _Sparse:
         return len(self.columns)
 
     def _with(self, values: Tensor) -> Tensor:
-        with warnings.catch_warnings():  # compressed rows are called a beta feature
-            warnings.filterwarnings("ignore", message="Sparse")
+        with quiet_warnings("Sparse"):  # compressed rows are called a beta feature
             return torch.sparse_csr_tensor(
                 self.starts,
                 self.columns,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..clock import Clock
-from ..errors import InvalidInput
+from ..options import option
 from ..pattern import CellPattern
 from ..problem import MaskProblem
 from ..registry import register
@@ -82,30 +81,20 @@ class Semidefinite(Solver):
     layer was decomposed (None if the time did not reach it).
     """
 
-    rel_gap: float = 1e-4
-    rounds: int = 200
-    row_seconds: float = 60.0
-    triangles_above: float = 0.01
+    rel_gap: float = option(1e-4, least=0)
+    rounds: int = option(200, least=1)
+    row_seconds: float = option(60.0, above=0, infinite=True)
+    triangles_above: float = option(0.01, least=0, infinite=True)
     decompose: bool | None = None
     price: float | None = None
-    wide_from: int = 192
-    batch: int = 8
+    wide_from: int = option(192, least=1)
+    batch: int = option(8, least=1)
 
     name = "semidefinite"
     summary = "certified bounds by semidefinite duality with cuts; masks by rounding and swaps"
     patterns = (CellPattern,)
     gives_bound = True
     needs_start = True
-
-    def __post_init__(self) -> None:
-        if not self.rel_gap >= 0:
-            raise InvalidInput(f"rel_gap={self.rel_gap} is negative; give 0 or more.")
-        if self.rounds < 1 or not self.row_seconds > 0:
-            raise InvalidInput("rounds and row_seconds must be positive; they bound the work.")
-        if self.price is not None and not math.isfinite(self.price):
-            raise InvalidInput(f"price={self.price} is no price; give a finite number or None.")
-        if self.batch < 1 or self.wide_from < 1:
-            raise InvalidInput("batch and wide_from count rows and inputs; give 1 or more.")
 
     def prepare(self, device: torch.device) -> None:
         import threadpoolctl  # noqa: F401

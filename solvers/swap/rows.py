@@ -20,13 +20,17 @@ from torch import Tensor
 
 from ..problem import MaskProblem
 
+_LEAST_SHARE = 1e-280
+"""Of the linear term, below which the scale of the Gram matrix would make units overflow."""
+
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """Weights with ``max |w_r| = 1`` and a Gram matrix with mean diagonal 1, all float64.
+    """Rows whose numbers are about 1, all float64.
 
-    Scaling keeps float32 evaluation of deltas clear of overflow and underflow whatever the
-    units of the problem.
+    A Gram matrix with mean diagonal 1, and weights with ``max |w_r| = 1``; or less in rows where
+    the linear term outweighs them, and has ``max |l_r| = 1`` then. Scaling keeps float32
+    evaluation of deltas clear of overflow and underflow whatever the units of the problem.
 
     Attributes
     ----------
@@ -50,15 +54,15 @@ class ScaledRows:
     def of(cls, problem: MaskProblem) -> ScaledRows:
         """Scale a problem."""
         weight, gram = problem.weight.double(), problem.gram.double()
-        row_scale = _or_one(weight.abs().amax(dim=1))
-        gram_scale = _or_one(gram.diagonal().mean())
+        linear = torch.zeros_like(weight) if problem.linear is None else problem.linear
+        most = linear.abs().amax(dim=1)
+        gram_scale = _or_one(torch.maximum(gram.diagonal().mean(), _LEAST_SHARE * most.amax()))
+        row_scale = torch.maximum(weight.abs().amax(dim=1), (most / gram_scale).sqrt())
+        row_scale = _or_one(row_scale)
         unit = row_scale**2 * gram_scale
         weight = weight / row_scale[:, None]
         gram = gram / gram_scale
-        if problem.linear is None:
-            linear = torch.zeros_like(weight)
-        else:
-            linear = problem.linear / unit[:, None]
+        linear = linear / _or_one(unit)[:, None]
         size = weight**2 @ gram.diagonal() + linear.abs().sum(dim=1)
         noise = weight.shape[1] * torch.finfo(torch.float64).eps * size
         return cls(weight, linear, gram, unit, noise)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
+from ..options import option
 from ..pattern import CellPattern
 from ..registry import register
 from ..solution import Status, TracePoint
@@ -21,7 +22,6 @@ from ..solver import Outcome, Progress, Search, Solver, warm_up
 from .across import AcrossRows
 from .rows import RowKernel, RowResult, ScaledRows
 
-_KERNELS = ("numba", "triton", "torch")
 _UNLIMITED = torch.iinfo(torch.long).max
 _PASSES_PER_CALL = 100
 """Passes between two looks at the clock; each call recomputes ``c``, which bounds its drift."""
@@ -61,9 +61,9 @@ class Swap(Solver):
     raises it, NaN if a limit came first.
     """
 
-    candidates: int = 16
-    max_passes: int | None = None
-    tolerance: float = 1e-10
+    candidates: int = option(16, least=1)
+    max_passes: int | None = option(None, least=1)
+    tolerance: float = option(1e-10, least=0)
     dtype: Literal["float32", "float64"] = "float32"
     kernel: Literal["auto", "numba", "triton", "torch"] = "auto"
 
@@ -72,18 +72,6 @@ class Swap(Solver):
     patterns = (CellPattern,)
     needs_start = True
     rowwise = True
-
-    def __post_init__(self) -> None:
-        if self.candidates < 1:
-            raise InvalidInput(f"candidates={self.candidates} applies no swap; give at least 1.")
-        if self.max_passes is not None and self.max_passes < 1:
-            raise InvalidInput(f"max_passes={self.max_passes} runs nothing; give at least 1.")
-        if not self.tolerance >= 0:
-            raise InvalidInput(f"tolerance={self.tolerance} is negative; give 0 or more.")
-        if self.dtype not in ("float32", "float64"):
-            raise InvalidInput(f"dtype '{self.dtype}' is neither float32 nor float64.")
-        if self.kernel not in ("auto", *_KERNELS):
-            raise InvalidInput(f"kernel '{self.kernel}' is none of auto, {', '.join(_KERNELS)}.")
 
     def prepare(self, device: torch.device) -> None:
         warm_up(Swap(), device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..clock import Clock
 from ..errors import InvalidInput
+from ..options import option
 from ..pattern import NM, PerLayer, PerRow
 from ..problem import MaskProblem
 from ..registry import register
@@ -38,7 +39,8 @@ class Tabu(Solver):
     iterations
         Moves per row; None goes on until the time limit, which must then be given.
     candidates
-        Weights to prune that are tried per move, each with every weight it may revive.
+        Weights to prune that are tried per move, each with every weight it may revive; all of
+        them, where there are no more.
     tenure
         A swapped weight may not move for ``tenure`` to ``2 tenure`` iterations (less where cells
         are small).
@@ -52,23 +54,16 @@ class Tabu(Solver):
     with), ``best_swap_left`` as for `Swap`.
     """
 
-    iterations: int | None = 16000
-    candidates: int = 8
-    tenure: int = 4
-    stall: int = 300
+    iterations: int | None = option(16000, least=1)
+    candidates: int = option(8, least=1)
+    tenure: int = option(4, least=1)
+    stall: int = option(300, least=1)
 
     name = "tabu"
     summary = "tabu search over swaps, with restarts; beyond local optima"
     patterns = (PerRow, NM, PerLayer)
     needs_start = True
     requires = ("numba",)
-
-    def __post_init__(self) -> None:
-        if self.iterations is not None and self.iterations < 1:
-            raise InvalidInput(f"iterations={self.iterations} runs nothing; give at least 1.")
-        for name in ("candidates", "tenure", "stall"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name}={getattr(self, name)} must be at least 1.")
 
     def prepare(self, device: torch.device) -> None:
         Swap().prepare(device)
@@ -172,7 +167,7 @@ class _Rows:
             self._counters[r],
             self._random[r],
             self._width,
-            options.candidates,
+            min(options.candidates, self._keep.shape[1]),
             min(options.tenure, movable),
             options.stall,
             iterations,
