@@ -69,6 +69,12 @@ def within(clock: Clock) -> Iterator[None]:
         _clock.reset(token)
 
 
+def time_left() -> float:
+    """Seconds that the context's clock leaves; infinite without one."""
+    clock = _clock.get()
+    return np.inf if clock is None else clock.remaining
+
+
 def check_time() -> None:
     """Raise `TimeUp` if the context's clock has run out."""
     clock = _clock.get()
@@ -307,8 +313,7 @@ class Program:
         model.clearSolver()  # what it learnt before must not change the answer
         model.changeColsCost(self.n, self._index, cost)
         model.changeColsBounds(self.n, self._index, lower, upper)
-        clock = _clock.get()
-        limit = np.inf if clock is None else clock.remaining
+        limit = time_left()
         # Simplex counts the time of all runs of the object, the other solver that of this one.
         for before in sorted((0.0, model.getRunTime()), reverse=not whole):
             model.setOptionValue("time_limit", before + limit)

@@ -18,7 +18,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from .errors import InvalidInput
+from .errors import InvalidInput, NoMask
 
 Shape = tuple[int, int]
 """``(rows, inputs)`` of a layer's weight."""
@@ -208,7 +208,7 @@ class CellPattern(Pattern):
     def _refuse(self, shape: Shape, wrong: Tensor, counts: Tensor, reason: str) -> None:
         if bool(wrong.any()):
             cell = int(wrong.nonzero()[0])
-            raise InvalidInput(
+            raise NoMask(
                 f"The fixed weights leave no mask: {self.cell_name(shape, cell)} "
                 f"{reason.format(int(counts[cell]))}; free some of them."
             )
