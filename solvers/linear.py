@@ -353,10 +353,15 @@ def _widened(spelled: Constraints) -> Constraints:
         _TOLERANCE * np.maximum(largest(matrix), np.where(np.isfinite(bound), abs(bound), 0.0))
         for bound in (lower, upper)
     )
+    # A bound that is whole stays as it is: half of one would be rounded away or up beyond 2^52.
+    half_lower, half_upper = (
+        np.where(np.rint(bound) == bound, 0.0, slack.clip(max=0.5))
+        for bound, slack in ((lower, slack_lower), (upper, slack_upper))
+    )
     return Constraints(
         matrix,
-        np.where(whole, np.ceil(lower - slack_lower.clip(max=0.5)), lower - slack_lower),
-        np.where(whole, np.floor(upper + slack_upper.clip(max=0.5)), upper + slack_upper),
+        np.where(whole, np.ceil(lower - half_lower), lower - slack_lower),
+        np.where(whole, np.floor(upper + half_upper), upper + slack_upper),
     )
 
 
