@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array, vstack
+
+from .highs import Program
 
 _WORST = 1e4
-"""Largest cost that HiGHS sees; its absolute gap of 1e-6 is then 1e-10 of that."""
+"""Largest cost in the constraint that settles ties."""
 
 
 def choose(
@@ -64,29 +67,18 @@ def _milp(
     limit: float = math.inf,
 ) -> npt.NDArray[np.int64] | None:
     """Indices of the chosen options, class by class; None if there is no choice."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     options = np.arange(len(owner))
-    one_each = csr_array((np.ones(len(owner)), (owner, options)))
-    constraints = [
-        LinearConstraint(one_each, 1, 1),
-        LinearConstraint(amount[None], need, np.inf),
-    ]
+    classes = int(owner[-1]) + 1
+    rows = [csr_array((np.ones(len(owner)), (owner, options))), csr_array(amount[None])]
+    least, most = [*np.ones(classes), need], [*np.ones(classes), math.inf]
     if cost is not None:
-        constraints.append(LinearConstraint(cost[None], -np.inf, limit))
-    result = milp(
-        objective,
-        integrality=1,
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
-    )
-    if result.status == 2:
+        rows.append(csr_array(cost[None]))
+        least, most = [*least, -math.inf], [*most, limit]
+    program = Program(csr_array(vstack(rows)), np.array(least), np.array(most))
+    found = program.minimise(objective, np.zeros(len(owner)), np.ones(len(owner)))
+    if found is None:
         return None
-    if result.status != 0:
-        raise RuntimeError(f"HiGHS found no choice: {result.message}")
-    chosen = np.flatnonzero(result.x > 0.5)
+    chosen = np.flatnonzero(found > 0.5)
     if not np.array_equal(owner[chosen], np.unique(owner)):
         raise RuntimeError("HiGHS gave a choice without exactly one option per class.")
     return chosen

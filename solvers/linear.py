@@ -9,17 +9,18 @@ relaxation. `Linear.lmo` minimises over the hull (one mixed-integer program per 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse import csr_array, issparse, vstack
+from scipy.sparse import csr_array, issparse
 from torch import Tensor
 
-from .errors import InvalidInput
+from .errors import InvalidInput, NoMask
+from .exact_rows import ExactRows
+from .highs import Program, TimeUp, check_time, largest, scaled_cost, time_left
 from .pattern import Constraints, Pattern, Shape, _shape
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -28,12 +29,6 @@ Bound: TypeAlias = float | Sequence[float] | Floats
 
 _TOLERANCE = 1e-9
 """Allowed excess, relative to the bound or the constraint's largest coefficient."""
-
-_ROW_EXPONENT = 10
-"""An oracle sees coefficients up to 2**10: its absolute tolerance, 1e-6, is then `_TOLERANCE`."""
-
-_COST_EXPONENT = 16
-"""An oracle sees costs up to 2**16, so that HiGHS's absolute gap of 1e-6 is some 2e-11 of them."""
 
 
 class Linear(Pattern):
@@ -51,8 +46,7 @@ class Linear(Pattern):
     names
         What to call each constraint in messages; by default "constraint 0" and so on.
     oracle
-        "highs" (`scipy.optimize.milp`) or "scip" (PySCIPOpt) for `lmo`. `lmo_relaxed` is
-        always HiGHS.
+        "highs" (`solvers.highs`) or "scip" (PySCIPOpt) for `lmo`. `lmo_relaxed` is always HiGHS.
 
     Raises
     ------
@@ -64,8 +58,10 @@ class Linear(Pattern):
     -----
     A bound gives way by 1e-9 of itself or of the constraint's largest coefficient, whichever
     is larger, so that rounding errors exclude no mask; but a constraint whose coefficients are
-    whole numbers, such as counts of parameters, holds exactly. Masks whose costs differ by less
-    than 1e-10 of the largest cost are ties to the oracle.
+    whole numbers, such as counts of parameters, holds exactly. Sums are compared with these bounds
+    in exact arithmetic, whatever the sizes of the coefficients (`solvers.exact_rows`). Masks whose
+    costs differ by less than 1e-10 of the largest cost are ties to the oracle. Searches that call
+    an oracle inside `solvers.highs.within` stop it when their clock runs out.
     """
 
     def __init__(
@@ -77,7 +73,7 @@ class Linear(Pattern):
         names: Sequence[str] | None = None,
         oracle: Literal["highs", "scip"] = "highs",
     ) -> None:
-        if oracle not in _ORACLES:
+        if oracle not in ("highs", "scip"):
             raise InvalidInput(f"oracle '{oracle}' is neither highs nor scip.")
         if oracle == "scip" and importlib.util.find_spec("pyscipopt") is None:
             raise InvalidInput("The oracle 'scip' needs pyscipopt: pip install pyscipopt.")
@@ -87,9 +83,11 @@ class Linear(Pattern):
         self._names = tuple(names or (f"constraint {i}" for i in range(count)))
         if len(self._names) != count:
             raise InvalidInput(f"There are {len(self._names)} names for {count} constraints.")
-        self._widened = _widened(self._spelled)
-        self._program = _scaled(self._widened)
-        if self._minimise(self._program) is None:
+        self._rows = ExactRows(_widened(self._spelled))
+        self._programs: dict[frozenset[int], Program] = {}
+        size = self._spelled.matrix.shape[1]
+        ends = self._rows.lower, self._rows.upper
+        if self._rows.infeasible or self._minimise(np.zeros(size), *ends) is None:
             raise InvalidInput(
                 f"No mask satisfies the constraints ({', '.join(self._names[:5])}"
                 f"{', ...' if count > 5 else ''}); loosen a bound."
@@ -117,10 +115,11 @@ class Linear(Pattern):
 
     def violation(self, mask: Tensor) -> str | None:
         self.check(_shape(mask))
-        sums = self._spelled.matrix @ mask.flatten().cpu().numpy().astype(np.float64)
-        low, high = sums < self._widened.lower, sums > self._widened.upper
+        kept = mask.flatten().cpu().numpy()
+        low, high = self._rows.violated(kept)
         if not (low | high).any():
             return None
+        sums = self._spelled.matrix @ kept.astype(np.float64)
         first = int((low | high).argmax())
         bound, relation = (
             (self._spelled.lower[first], "at least")
@@ -135,7 +134,7 @@ class Linear(Pattern):
     def lmo(
         self, direction: Tensor, lower: Tensor | None = None, upper: Tensor | None = None
     ) -> Tensor:
-        mask = self._minimise(self._objective(direction, lower, upper))
+        mask = self._minimise(*self._objective(direction, lower, upper))
         if mask is None:
             raise _no_mask(self)
         return torch.from_numpy(mask).view(direction.shape).to(direction.device)
@@ -161,10 +160,11 @@ class Linear(Pattern):
         InvalidInput
             If the bounds leave nothing, not even a fractional mask.
         """
-        values = _highs(self._objective(direction, lower, upper), integral=False)
+        cost, low, up = self._objective(direction, lower, upper)
+        values = self._highs(self._rows.split_at_once, cost, low, up, whole=False)
         if values is None:
             raise _no_mask(self)
-        return torch.from_numpy(values.clip(0, 1)).view(direction.shape).to(direction.device)
+        return torch.from_numpy(values[: len(cost)]).view(direction.shape).to(direction.device)
 
     def round(self, relaxed: Tensor) -> Tensor:
         """Nearest allowed mask: ``|m - z|^2 = <m, 1 - 2z> + |z|^2`` for a binary ``m``."""
@@ -194,93 +194,98 @@ class Linear(Pattern):
         count, size = self._spelled.matrix.shape
         return f"{count} linear constraint{'s' * (count != 1)} on {size} weights"
 
-    def _objective(self, direction: Tensor, lower: Tensor | None, upper: Tensor | None) -> _Program:
-        """The program for one direction under one pair of bounds."""
+    def _objective(
+        self, direction: Tensor, lower: Tensor | None, upper: Tensor | None
+    ) -> tuple[Floats, Floats, Floats]:
+        """Costs and bounds, flat."""
         self.check(_shape(direction))
         if lower is not None and upper is not None and bool((lower & ~upper).any()):
             raise InvalidInput("A weight is fixed both as kept and as pruned; drop one of the two.")
         cost = direction.detach().flatten().cpu().double().numpy()
         if not np.isfinite(cost).all():
             raise InvalidInput("The direction has NaN or infinite values.")
-        exponent = _COST_EXPONENT - np.frexp(np.abs(cost).max())[1]
-        program = replace(self._program, cost=np.ldexp(cost, exponent))
-        if lower is not None:
-            program = replace(program, lower=lower.flatten().cpu().double().numpy())
-        if upper is not None:
-            program = replace(program, upper=upper.flatten().cpu().double().numpy())
-        return program
+        low = np.zeros(len(cost)) if lower is None else lower.flatten().cpu().double().numpy()
+        up = np.ones(len(cost)) if upper is None else upper.flatten().cpu().double().numpy()
+        return cost, np.maximum(low, self._rows.lower), np.minimum(up, self._rows.upper)
 
-    def _minimise(self, program: _Program) -> npt.NDArray[np.bool_] | None:
-        """The best mask that `violation` accepts; None if there is none."""
+    def _minimise(self, cost: Floats, lower: Floats, upper: Floats) -> npt.NDArray[np.bool_] | None:
+        """The best mask that `violation` accepts; None if there is none.
+
+        Constraints that an oracle's tolerance has overstepped are split into digits, where it
+        cannot; so at most one round per constraint.
+        """
+        solve = self._scip if self._oracle == "scip" else self._highs
+        split = self._rows.split_at_once
+        careful = False
         while True:
-            values = _ORACLES[self._oracle](program)
+            values = solve(split, cost, lower, upper, careful=careful)
             if values is None:
                 return None
-            mask = values > 0.5
-            sums = self._spelled.matrix @ mask.astype(np.float64)
-            if ((self._widened.lower <= sums) & (sums <= self._widened.upper)).all():
+            mask = values[: len(cost)] > 0.5
+            wrong = np.flatnonzero(np.logical_or(*self._rows.violated(mask)))
+            if len(wrong) == 0:
                 return mask
-            # Within the oracle's tolerances, not within ours.
-            program = program.without(mask)
+            if careful:
+                raise InvalidInput(
+                    f"The coefficients of {self._names[wrong[0]]} are too different in size for "
+                    "the oracle; rescale it or split it in two."
+                )
+            careful = split.issuperset(wrong.tolist())
+            split = split.union(wrong.tolist())
+
+    def _highs(
+        self,
+        split: frozenset[int],
+        cost: Floats,
+        lower: Floats,
+        upper: Floats,
+        *,
+        whole: bool = True,
+        careful: bool = False,
+    ) -> Floats | None:
+        """Optimal values of weights, then carries; None if there are none."""
+        program = self._program(split)
+        extended = self._rows.layout(split).extended(cost, lower, upper)
+        return program.minimise(*extended, whole=whole, careful=careful)
+
+    def _scip(
+        self,
+        split: frozenset[int],
+        cost: Floats,
+        lower: Floats,
+        upper: Floats,
+        *,
+        careful: bool = False,
+    ) -> Floats | None:
+        """As `_highs`, for masks."""
+        extended = self._rows.layout(split).extended(cost, lower, upper)
+        return _scip(self._program(split), *extended)
+
+    def _program(self, split: frozenset[int]) -> Program:
+        """The program with these constraints split into digits."""
+        if split not in self._programs:
+            spelled = self._rows.layout(split).constraints
+            self._programs[split] = Program(spelled.matrix, spelled.lower, spelled.upper)
+        return self._programs[split]
 
 
-@dataclass(frozen=True)
-class _Program:
-    """``min cost @ x``, x binary in ``[lower, upper]``, subject to ``constraints``."""
-
-    cost: Floats
-    lower: Floats
-    upper: Floats
-    constraints: Constraints
-
-    def without(self, mask: npt.NDArray[np.bool_]) -> _Program:
-        """The same program where ``mask`` alone is no longer allowed."""
-        sign = csr_array(np.where(mask, 1.0, -1.0)[None])
-        old = self.constraints
-        return replace(
-            self,
-            constraints=Constraints(
-                csr_array(vstack([old.matrix, sign])),
-                np.append(old.lower, -np.inf),
-                np.append(old.upper, mask.sum() - 1.0),
-            ),
-        )
-
-
-def _highs(program: _Program, integral: bool = True) -> Floats | None:
-    """Optimal values; None if there are none."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    spelled = program.constraints
-    for presolve in (True, False):  # presolve may fail to tell infeasible from unbounded
-        result = milp(
-            program.cost,
-            integrality=int(integral),
-            bounds=Bounds(program.lower, program.upper),
-            constraints=LinearConstraint(spelled.matrix, spelled.lower, spelled.upper),
-            options={"mip_rel_gap": 0.0, "presolve": presolve},
-        )
-        if result.status == 0:
-            return np.asarray(result.x, dtype=np.float64)
-        if result.status == 2:
-            return None
-    raise RuntimeError(f"HiGHS found no answer: {result.message}")
-
-
-def _scip(program: _Program) -> Floats | None:
+def _scip(program: Program, cost: Floats, lower: Floats, upper: Floats) -> Floats | None:
     """Optimal values; None if there are none."""
     from pyscipopt import Model, quicksum
 
+    if (lower > upper).any():
+        return None
+    check_time()
     model = Model()
     model.hideOutput()
     model.setParam("numerics/feastol", 1e-9)
+    model.setParam("limits/time", min(time_left(), 1e20))
     x = [
-        model.addVar(vtype="B", lb=low, ub=up, obj=cost)
-        for cost, low, up in zip(program.cost, program.lower, program.upper, strict=True)
+        model.addVar(vtype="I", lb=low, ub=up, obj=one)
+        for one, low, up in zip(scaled_cost(cost)[0], lower, upper, strict=True)
     ]
-    spelled = program.constraints
-    matrix = spelled.matrix
-    for i, (low, up) in enumerate(zip(spelled.lower, spelled.upper, strict=True)):
+    matrix = program.matrix
+    for i, (low, up) in enumerate(zip(program.least, program.most, strict=True)):
         part = slice(*matrix.indptr[i : i + 2])
         if part.start == part.stop:
             if low > 0 or up < 0:
@@ -295,12 +300,11 @@ def _scip(program: _Program) -> Floats | None:
     model.optimize()
     if model.getStatus() == "infeasible":
         return None
+    if model.getStatus() == "timelimit":
+        raise TimeUp
     if model.getStatus() != "optimal":
         raise RuntimeError(f"SCIP found no answer: {model.getStatus()}")
     return np.array([model.getVal(value) for value in x])
-
-
-_ORACLES: dict[str, Callable[[_Program], Floats | None]] = {"highs": _highs, "scip": _scip}
 
 
 def _checked(matrix: Any, lower: Bound, upper: Bound) -> Constraints:
@@ -344,37 +348,25 @@ def _widened(spelled: Constraints) -> Constraints:
     """Bounds that rounding errors do not cross; whole numbers for sums of whole numbers."""
     matrix, lower, upper = spelled.matrix, spelled.lower, spelled.upper
     fractional = csr_array((matrix.data % 1, matrix.indices, matrix.indptr), shape=matrix.shape)
-    whole = _largest(fractional) == 0
+    whole = largest(fractional) == 0
     slack_lower, slack_upper = (
-        _TOLERANCE * np.maximum(_largest(matrix), np.where(np.isfinite(bound), abs(bound), 0.0))
+        _TOLERANCE * np.maximum(largest(matrix), np.where(np.isfinite(bound), abs(bound), 0.0))
         for bound in (lower, upper)
+    )
+    # A bound that is whole stays as it is: half of one would be rounded away or up beyond 2^52.
+    half_lower, half_upper = (
+        np.where(np.rint(bound) == bound, 0.0, slack.clip(max=0.5))
+        for bound, slack in ((lower, slack_lower), (upper, slack_upper))
     )
     return Constraints(
         matrix,
-        np.where(whole, np.ceil(lower - slack_lower.clip(max=0.5)), lower - slack_lower),
-        np.where(whole, np.floor(upper + slack_upper.clip(max=0.5)), upper + slack_upper),
+        np.where(whole, np.ceil(lower - half_lower), lower - slack_lower),
+        np.where(whole, np.floor(upper + half_upper), upper + slack_upper),
     )
 
 
-def _scaled(spelled: Constraints) -> _Program:
-    """The constraints scaled for an oracle with absolute tolerances, with no cost yet."""
-    matrix = spelled.matrix.copy()
-    exponent = _ROW_EXPONENT - np.frexp(_largest(matrix))[1]
-    matrix.data = np.ldexp(matrix.data, np.repeat(exponent, np.diff(matrix.indptr)))
-    constraints = Constraints(
-        matrix, np.ldexp(spelled.lower, exponent), np.ldexp(spelled.upper, exponent)
-    )
-    size = matrix.shape[1]
-    return _Program(np.zeros(size), np.zeros(size), np.ones(size), constraints)
-
-
-def _largest(matrix: csr_array) -> Floats:
-    """Largest absolute coefficient of each constraint."""
-    return np.asarray(abs(matrix).max(axis=1).todense(), dtype=np.float64).ravel()
-
-
-def _no_mask(pattern: Linear) -> InvalidInput:
-    return InvalidInput(
+def _no_mask(pattern: Linear) -> NoMask:
+    return NoMask(
         f"The fixed weights leave no mask: none satisfies the {pattern}; free some of them."
     )
 

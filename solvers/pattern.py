@@ -20,7 +20,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from .errors import InvalidInput
+from .errors import InvalidInput, NoMask
 from .options import whole_number
 
 Shape = tuple[int, int]
@@ -288,7 +288,7 @@ class CellPattern(Pattern):
     def _refuse(self, shape: Shape, wrong: Tensor, counts: Tensor, reason: str) -> None:
         if bool(wrong.any()):
             cell = int(wrong.nonzero()[0])
-            raise InvalidInput(
+            raise NoMask(
                 f"The fixed weights leave no mask: {self.cell_name(shape, cell)} "
                 f"{reason.format(int(counts[cell]))}; free some of them."
             )

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..clock import Clock
+from ..errors import InvalidInput, NoMask
 from ..hull import HullSolution, Quadratic, minimize
 from ..hull.solution import HullProgress
 from ..linear import Linear
 from ..pattern import Pattern
 from ..problem import MaskProblem
+from ..rounding import gamma
+from ..solution import ABSOLUTE_GAP
 
 Floats = npt.NDArray[np.float64]
 
 
-class PatternDomain:
-    """A pattern's masks, flat, as a domain of binaries for `solvers.hull.minimize`.
+_MOST_BYTES = 2**31
+"""Largest quadratic form that is made; a few copies of it are alive at a time."""
 
-    Its hull is reached through the pattern's bounded oracle, for `Linear` a mixed-integer
-    program; `lmo_relaxed` is the oracle of the continuous relaxation.
+
+class PatternDomain:
+    """What a pattern prunes, flat, as a domain of binaries for `solvers.hull.minimize`.
+
+    The points are ``x = 1 - m`` for allowed masks m, in which the loss is a sum without
+    cancellation. Their hull is reached through the pattern's bounded oracle, for `Linear` a
+    mixed-integer program; `lmo_relaxed` is the oracle of the continuous relaxation.
     """
 
     lmo_error = 1e-9
@@ -44,18 +54,22 @@ class PatternDomain:
         oracle = pattern.lmo_relaxed if isinstance(pattern, Linear) else pattern.lmo
         return self._call(oracle, direction, lower, upper)
 
+    def contains(self, x: Floats) -> bool:
+        """Whether the mask ``1 - x`` is allowed."""
+        return self._pattern.is_feasible(torch.from_numpy(x < 0.5).view(self._shape))
+
     def _call(
         self, oracle: Callable[..., Tensor], direction: Floats, lower: Floats, upper: Floats
     ) -> Floats | None:
-        cost, low, high = (
+        cost, pruned, prunable = (
             torch.from_numpy(np.ascontiguousarray(part)).view(self._shape)
             for part in (direction, lower, upper)
         )
         try:
-            vertex = oracle(cost, low > 0.5, high > 0.5)
-        except InvalidInput:  # the bounds leave no mask
+            mask = oracle(-cost, prunable < 0.5, pruned < 0.5)
+        except NoMask:
             return None
-        return vertex.double().numpy().ravel()
+        return 1.0 - mask.double().numpy().ravel()
 
 
 def solve_over_hull(
@@ -70,25 +84,49 @@ def solve_over_hull(
 ) -> tuple[Tensor, HullSolution, float]:
     """Minimise a problem's summed loss over its pattern.
 
-    Returns the mask, the search's answer in scaled units, and the unit.
+    Returns the mask, the search's answer in scaled units, and the unit, a power of two.
+
+    Raises
+    ------
+    InvalidInput
+        If the dense quadratic form would be too large.
     """
+    clock = Clock(time_limit)
     rows, d = problem.shape
+    size = 8 * (rows * d) ** 2
+    if size > _MOST_BYTES:
+        raise InvalidInput(
+            f"The quadratic form of {rows} x {d} weights takes {size / 2**30:.0f} GiB; "
+            f"give at most {math.isqrt(_MOST_BYTES // 8) // d} rows of {d} inputs at a time."
+        )
     quadratic, linear = problem.quadratic_form()
-    unit = float(np.trace(quadratic) + np.abs(linear).sum()) or 1.0
-    quadratic, linear = quadratic / unit, linear / unit
-    row_sums = quadratic.sum(axis=1)
-    loss = Quadratic(2 * quadratic, -2 * row_sums - linear, float(row_sums.sum() + linear.sum()))
+    total = float(np.trace(quadratic) + np.abs(linear).sum())
+    unit = math.ldexp(1.0, math.frexp(total)[1])
+    quadratic *= 2 / unit
+    linear = linear / unit
+    made = _error_of_form(problem, quadratic)
     solution = minimize(
-        loss,
+        Quadratic(quadratic, linear),
         None,
         PatternDomain(problem.pattern, problem.shape),
-        start=start.cpu().double().numpy().ravel(),
+        start=1.0 - start.cpu().double().numpy().ravel(),
         rel_gap=rel_gap,
-        abs_gap=0.0,
-        time_limit=time_limit,
+        abs_gap=ABSOLUTE_GAP * total / unit,
+        time_limit=clock.limit,
         node_limit=max_nodes,
         hull=hull,
         callback=watch,
     )
-    mask = torch.from_numpy(solution.x > 0.5).view(rows, d).to(problem.device)
+    solution = replace(solution, bound=solution.bound - made)
+    mask = torch.from_numpy(solution.x < 0.5).view(rows, d).to(problem.device)
     return mask, solution, unit
+
+
+def _error_of_form(problem: MaskProblem, quadratic: Floats) -> float:
+    """How far the loss of any mask is from ``x^T Q x / 2 + l^T x``, Q the scaled form as computed.
+
+    An entry ``w_i G_ij w_j`` is rounded twice, ``|Q_ij| <= sqrt(Q_ii Q_jj)`` up to the rounding of
+    the Gram matrix, for which the factor 2 is ample; rows do not meet.
+    """
+    reach = np.sqrt(quadratic.diagonal().clip(min=0.0)).reshape(problem.shape).sum(axis=1)
+    return 2 * gamma(3) * float(reach @ reach) / 2

@@ -127,7 +127,8 @@ class ActiveSet:
             if not negative.any():
                 break
             moved = weights - target
-            reach = np.where(negative, weights / np.where(negative, moved, 1.0), np.inf)
+            # Weights that an earlier cycle brought to zero too have nowhere to go.
+            reach = np.where(negative, weights / np.where(moved > 0, moved, 1.0), np.inf)
             weights = weights - reach.min() * moved
             keep = np.arange(len(index)) != reach.argmin()
             index, weights, slope = index[keep], weights[keep], slope[keep]

@@ -15,9 +15,13 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from ..errors import InvalidInput
+from ..rounding import gamma
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
+
+TINY = float(np.finfo(np.float64).tiny)
+"""Far more than what underflow takes off a product."""
 
 
 @runtime_checkable
@@ -37,8 +41,10 @@ class Domain(Protocol):
     -----
     A domain may also have ``lmo_relaxed``, the oracle of its continuous relaxation with the same
     arguments (asked for with ``hull=False``), ``lagrangian`` (see `Lagrangian`), without which no
-    bound is tightened, and a number ``lmo_error``: how far from optimal an answer may be, as a
-    share of the largest cost (0 if it has none). Node bounds are lowered by it.
+    bound is tightened, and two numbers, how far from optimal an answer may be as a share of the
+    largest cost, by which node bounds are lowered: ``lmo_rounding``, which is derived, and
+    ``lmo_error``, the tolerance of another solver, whose word the bounds then are. Without them
+    answers are taken to be exact. ``contains(x)``, if there, tells whether a start is in the set.
     """
 
     n: int
@@ -70,7 +76,8 @@ class Lagrangian:
 
         <direction, y>  >=  value + sum_j |cost_j| * |y_j - b_j|,
 
-    where ``b_j`` is the lower bound of ``y_j`` where ``cost_j > 0`` and the upper one elsewhere.
+    where ``b_j`` is the lower bound of ``y_j`` where ``cost_j > 0`` and the upper one elsewhere,
+    in exact arithmetic: rounding errors are taken off ``value`` by whoever computes it (`lowered`).
 
     Attributes
     ----------
@@ -127,7 +134,7 @@ class Box:
     def lagrangian(self, direction: Floats, lower: Floats, upper: Floats) -> Lagrangian | None:
         if (lower > upper).any():
             return None
-        return Lagrangian(_box_minimum(direction, lower, upper), direction)
+        return lowered(0.0, direction, np.zeros(self.n), lower, upper)
 
 
 class SumRange:
@@ -178,7 +185,8 @@ class SumRange:
         paid = 0.0 if price == 0 else price * (self.least if price > 0 else self.most)
         if not math.isfinite(paid):
             cost, paid = direction, 0.0
-        return Lagrangian(_box_minimum(cost, lower, upper) + paid, cost)
+        size = np.abs(direction) + abs(price)
+        return lowered(paid, cost, size, lower, upper, np.array([paid]))
 
     def _fill(self, direction: Floats, lower: Floats, upper: Floats) -> tuple[Floats, float] | None:
         """The vertex, and the multiplier of the sum."""
@@ -252,6 +260,10 @@ class Birkhoff:
             np.zeros(order**2), np.ones(order**2), None
         )
         self.n = order**2
+        # The assignment is computed in whole numbers below this, whose sums along alternating
+        # paths (8 * order of them at most) are exact; each cost is off by half a unit.
+        self._units = 2.0 ** (52 - math.ceil(math.log2(8 * order)))
+        self.lmo_rounding = order / self._units
 
     def lmo(self, direction: Floats, lower: Floats, upper: Floats) -> Floats | None:
         assigned = self._assign(direction, lower, upper)
@@ -277,8 +289,10 @@ class Birkhoff:
         rows = matched - potential[columns]
         # Entries that fixed ones rule out are zero in every point, whatever their cost.
         reduced = np.where(np.isfinite(cost), cost - (rows[:, None] + potential), 0.0).ravel()
-        value = rows.sum() + potential.sum() + _box_minimum(reduced, lower, upper)
-        return Lagrangian(float(value), reduced)
+        paid = np.concatenate([rows, potential])
+        size = np.where(np.isfinite(cost), np.abs(cost), 0.0)
+        size = (size + np.abs(rows)[:, None] + np.abs(potential)).ravel()
+        return lowered(float(paid.sum()), reduced, size, lower, upper, paid)
 
     def _assign(
         self, direction: Floats, lower: Floats, upper: Floats
@@ -290,7 +304,9 @@ class Birkhoff:
         allowed = (upper.reshape(shape) > 0.5) & (others == 0)
         cost = np.where(allowed, direction.reshape(shape), np.inf)
         try:
-            return cost, linear_sum_assignment(cost)[1]
+            largest = np.abs(direction).max()
+            rounded = np.rint(cost / largest * self._units) if largest > 0 else cost
+            return cost, linear_sum_assignment(rounded)[1]
         except ValueError:  # raised for an infeasible matrix
             return None
 
@@ -315,6 +331,42 @@ def checked_bounds(
         j = int((low > up).argmax())
         raise InvalidInput(f"Variable {j} has no value between its bounds; loosen one.")
     return low, up, whole
+
+
+def lowered(
+    paid: float,
+    cost: Floats,
+    size: Floats,
+    lower: Floats,
+    upper: Floats,
+    parts: Floats | None = None,
+) -> Lagrangian:
+    """The `Lagrangian` of computed reduced costs, its value less what rounding may have changed.
+
+    Parameters
+    ----------
+    paid
+        What the multipliers are worth, the computed sum of ``parts``.
+    cost
+        Computed reduced costs, ``[n]``.
+    size
+        Sum of the sizes of the terms that each of them is the sum of.
+    lower, upper
+        ``[n]``.
+    parts
+        Addends of ``paid``; None for none.
+
+    Notes
+    -----
+    Exact reduced costs differ from the computed ones by ``gamma_k size_j``, their sum over the
+    box and ``paid`` from the exact sums by ``gamma_k`` of the terms, for k roundings in a row.
+    """
+    parts = np.zeros(0) if parts is None else parts
+    terms = float((np.abs(cost) + size) @ np.maximum(np.abs(lower), np.abs(upper)))
+    terms += float(np.abs(parts).sum()) + abs(paid)
+    count = len(cost) + len(parts) + 8
+    value = paid + _box_minimum(cost, lower, upper)
+    return Lagrangian(value - 2 * gamma(count) * terms - count * TINY, cost)
 
 
 def _box_minimum(cost: Floats, lower: Floats, upper: Floats) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidInput
-from .domain import Floats, Lagrangian, checked_bounds
+from ..rounding import gamma
+from .domain import Floats, Lagrangian, checked_bounds, lowered
 
 
 class Knapsack:
@@ -29,13 +32,16 @@ class Knapsack:
             (self.weights >= 0).all() and (self.weights == np.rint(self.weights)).all()
         ):
             raise InvalidInput("A knapsack's weights must be non-negative whole numbers.")
-        if capacity != int(capacity):
+        if not (math.isfinite(capacity) and capacity == int(capacity)):
             raise InvalidInput(f"A knapsack's capacity {capacity} must be a whole number.")
         self.capacity = int(capacity)
         self.n = len(self.weights)
         self.lower, self.upper, self.integer = checked_bounds(
             np.zeros(self.n), np.ones(self.n), None
         )
+        # Values of the dynamic program are sums of n costs, compared once per item; Dantzig's
+        # rule compares quotients and fills with them, each a few roundings away.
+        self.lmo_rounding = 4 * self.n * gamma(self.n + 4)
 
     def lmo(self, direction: Floats, lower: Floats, upper: Floats) -> Floats | None:
         room = self._room(lower, upper)
@@ -66,8 +72,9 @@ class Knapsack:
             return None
         price = self._dantzig(direction, lower, upper, room)[1]
         cost = direction + price * self.weights
-        value = float(cost @ np.where(cost > 0, lower, upper)) - price * self.capacity
-        return Lagrangian(value, cost)
+        paid = -price * self.capacity
+        size = np.abs(direction) + price * self.weights
+        return lowered(paid, cost, size, lower, upper, np.array([paid]))
 
     def _room(self, lower: Floats, upper: Floats) -> int | None:
         """Capacity that the fixed ones leave; None if they leave no point."""

@@ -15,10 +15,11 @@ from typing import Literal
 import numpy as np
 
 from ..clock import Clock
+from ..rounding import gamma
 from .active_set import ActiveSet, inside
 from .domain import Floats
 from .incumbent import Incumbent
-from .objective import GUARD, Objective
+from .objective import Objective
 from .oracle import Oracle
 
 Variant = Literal["corrective", "blended_pairwise", "away"]
@@ -54,8 +55,8 @@ class Node:
     lower, upper
         Float64 ``[n]``.
     bound
-        No feasible point in the box has a smaller value (unless the best point so far is as
-        good).
+        No feasible point in the box has a smaller value in exact arithmetic (unless the best
+        point so far is as good).
     """
 
     lower: Floats
@@ -191,9 +192,7 @@ class FrankWolfe:
             if vertex is None:  # a tolerance apart from the points that it once answered
                 return Relaxed(x, math.inf, gradient, math.inf, End.PRUNED)
             value = self._objective.value(x)
-            gap = here - float(gradient @ vertex)
-            guard = GUARD * float(abs(value) + np.abs(gradient) @ (np.abs(x) + np.abs(vertex)))
-            guard += self._oracle.error * float(np.abs(gradient).max())
+            gap, guard = self._gap(x, value, gradient, vertex, lower, upper)
             bound = max(bound, value - max(gap, 0.0) - guard + self._lift(x))
             at = self.harvest(vertex)
             self._objective.check_tangent(x, value, gradient, vertex, at)
@@ -216,6 +215,46 @@ class FrankWolfe:
             self._towards(active, x, gradient, index)
             stuck = np.array_equal(active.x, x)
         raise AssertionError("the last iteration returns")
+
+    def bound_over_box(self, x: Floats, lower: Floats, upper: Floats) -> float:
+        """What the tangent in ``x`` says of all points within bounds, whatever the domain."""
+        value, gradient = self._objective.value(x), self._objective.gradient(x)
+        lowest = np.where(gradient > 0, lower, upper)
+        gap, guard = self._gap(x, value, gradient, lowest, lower, upper)
+        return value - gap - guard
+
+    def below(self, value: float, x: Floats) -> float:
+        """A lower bound on ``f(x)`` in exact arithmetic, from its computed value."""
+        return value - self._objective.value_error(x, value)
+
+    def tangent_error(self, relaxed: Relaxed, lower: Floats, upper: Floats) -> float:
+        """How far above the function the tangent that Frank-Wolfe ended with may be."""
+        return self._objective.tangent_error(
+            relaxed.x, relaxed.value, relaxed.gradient, lower, upper
+        )
+
+    def _gap(
+        self,
+        x: Floats,
+        value: float,
+        gradient: Floats,
+        vertex: Floats,
+        lower: Floats,
+        upper: Floats,
+    ) -> tuple[float, float]:
+        """``<g, x - v>``, and what errors may have added to ``f(x) - <g, x - v>`` as a bound.
+
+        For the computed ``g`` and every feasible ``y`` within the bounds,
+        ``f(y) >= f(x) + <g, y - x> - e``, e the error of the tangent, and
+        ``<g, y> >= <g, v> - r max_j |g_j|``, r the oracle's error as a share of the largest cost.
+        ``<g, x - v>`` itself is a difference, a product and a sum of n of them.
+        """
+        change = gradient * (x - vertex)
+        gap = float(change.sum())
+        error = self._objective.tangent_error(x, value, gradient, lower, upper)
+        error += self._oracle.error * float(np.abs(gradient).max())
+        error += gamma(len(x) + 8) * (abs(value) + float(np.abs(change).sum()))
+        return gap, 1.001 * error
 
     def _local(
         self,
@@ -278,4 +317,5 @@ class FrankWolfe:
         if self._strong_convexity == 0:
             return 0.0
         fraction = self._oracle.fractional(x)
-        return self._strong_convexity / 2 * float(fraction @ fraction)
+        lift = self._strong_convexity / 2 * float(fraction @ fraction)
+        return lift * (1 - 2 * gamma(len(x) + 4))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..errors import InvalidInput
+from ..solution import Evidence
 from .domain import Domain, Floats
 
 _WHOLE = 1e-6
@@ -26,7 +27,10 @@ class Oracle:
     Attributes
     ----------
     error
-        How far an answer may be from optimal, as a share of the largest cost.
+        How far an answer may be from optimal, as a share of the largest cost: rounding and the
+        tolerance of another solver.
+    evidence
+        CLAIMED if there is such a tolerance, else GUARDED.
     """
 
     def __init__(self, domain: Domain, hull: bool) -> None:
@@ -35,7 +39,9 @@ class Oracle:
         if not hull and relaxed is None:
             raise InvalidInput(f"{type(domain).__name__} has no lmo_relaxed; use hull=True.")
         self._domain, self._relaxed = domain, relaxed
-        self.error = float(getattr(domain, "lmo_error", 0.0))
+        tolerance = _share(domain, "lmo_error")
+        self.error = tolerance + _share(domain, "lmo_rounding")
+        self.evidence = Evidence.CLAIMED if tolerance > 0 else Evidence.GUARDED
         self.calls = self.relaxed_calls = self.heuristic_calls = 0
 
     @property
@@ -60,6 +66,16 @@ class Oracle:
         """A feasible point, for a heuristic."""
         self.heuristic_calls += 1
         return self._checked(self._domain.lmo(direction, lower, upper), lower, upper, True)
+
+    def contains(self, x: Floats) -> bool:
+        """Whether ``x`` ``[n]`` is a point of the set."""
+        domain = self._domain
+        if not self.is_whole(x) or (x < domain.lower).any() or (x > domain.upper).any():
+            return False
+        told = getattr(domain, "contains", None)
+        if told is not None:
+            return bool(told(x))
+        return self.feasible(np.zeros(domain.n), x, x) is not None
 
     def fractional(self, x: Floats) -> Floats:
         """Distance of ``x`` ``[n]`` to whole numbers, 0 for continuous variables."""
@@ -98,3 +114,10 @@ class Oracle:
                 "or with fractions; correct its lmo."
             )
         return point
+
+
+def _share(domain: Domain, name: str) -> float:
+    share = float(getattr(domain, name, 0.0))
+    if not 0 <= share < np.inf:
+        raise InvalidInput(f"The domain's {name} is {share}; it must be a number from 0 upwards.")
+    return share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..solution import Status, TracePoint
+from ..solution import Evidence, Status, TracePoint
 from .domain import Floats
 
 
@@ -31,9 +31,14 @@ class HullSolution:
     objective
         ``f(x)``.
     bound
-        No feasible point has a smaller value.
+        No feasible point has a smaller value; what that rests on is ``evidence``.
     status
         Why the search stopped.
+    evidence
+        What the bound rests on. GUARDED: rounding errors, of which there is a derived bound, are
+        taken off (`Quadratic`, or a function that states its ``error``). CLAIMED: f states no
+        rounding error, the domain's oracle is another solver with its tolerance, or
+        ``strong_convexity`` is more than can be proven.
     stats
         ``nodes``, ``open``, ``depth``, ``lmo_calls``, ``heuristic_lmo_calls``,
         ``relaxed_lmo_calls``, ``iterations`` (of Frank-Wolfe), ``lazy`` (those without an oracle
@@ -47,6 +52,7 @@ class HullSolution:
     objective: float
     bound: float
     status: Status
+    evidence: Evidence = Evidence.CLAIMED
     stats: dict[str, Any] = field(default_factory=dict)
     trace: tuple[TracePoint, ...] = ()
 
@@ -59,7 +65,8 @@ class HullSolution:
         return difference / abs(self.objective) if self.objective else float("inf")
 
     def __repr__(self) -> str:
+        gap = f"gap {self.gap:.2%} ({self.evidence.name.lower()})"
         return (
-            f"HullSolution(objective {self.objective:.6g}, bound {self.bound:.6g}, "
-            f"gap {self.gap:.2%}, {self.stats.get('nodes', 0)} nodes, {self.status.name})"
+            f"HullSolution(objective {self.objective:.6g}, bound {self.bound:.6g}, {gap}, "
+            f"{self.stats.get('nodes', 0)} nodes, {self.status.name})"
         )

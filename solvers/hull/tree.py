@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -20,22 +20,22 @@ import numpy.typing as npt
 
 from ..clock import Clock
 from ..errors import InvalidInput
-from ..solution import Status, TracePoint
+from ..highs import TimeUp, within
+from ..solution import Evidence, Status, TracePoint
 from .active_set import ActiveSet
-from .branching import RULES, Chooser, Rule, chooser
+from .branching import Chooser, Rule, chooser
 from .domain import Domain, Floats, checked_bounds
-from .heuristics import HEURISTICS, Heuristic, Heuristics
+from .heuristics import Heuristic, Heuristics
 from .incumbent import Incumbent
-from .node import VARIANTS, Branching, End, FrankWolfe, Inheritance, Node, Relaxed, Variant
+from .node import Branching, End, FrankWolfe, Inheritance, Node, Relaxed, Variant
 from .objective import Function, Gradient, Objective
+from .options import check_domain, check_options
 from .oracle import Oracle
 from .solution import HullProgress, HullSolution
 from .table import Table
 from .tightening import Cut, cut
 
 Selection = Literal["best_first", "depth_first"]
-
-SELECTIONS: tuple[Selection, ...] = ("best_first", "depth_first")
 
 ROUNDING: tuple[Heuristic, ...] = ("rounding",)
 
@@ -103,6 +103,10 @@ def minimize(
     f
         ``f(x) -> float``, convex and differentiable on the convex hull of ``domain``. If it has a
         method ``curvature(d)``, it is taken to be quadratic (`Quadratic`), and steps are exact.
+        If it has a method ``error(x) -> float``, this must bound what rounding may have changed:
+        with F the function that is meant, in exact arithmetic, ``|f(x) - F(x)| <= error(x)`` and
+        ``F(y) >= f(x) + <grad(x), y - x> - error(x)`` for all y of the domain. Bounds are less
+        it, and GUARDED; `Quadratic` derives its own. Otherwise a share of 1e-14 is guessed.
     grad
         ``grad(x) -> [n]``; None if ``f`` has a method ``grad``.
     domain
@@ -112,7 +116,8 @@ def minimize(
     rel_gap, abs_gap
         Stop when objective minus bound is at most ``abs_gap``, or ``rel_gap * |objective|``.
     time_limit, node_limit
-        Seconds and nodes; None for no limit. Time is looked at between oracle calls.
+        Seconds and nodes; None for no limit. Time is looked at between oracle calls, and by
+        the oracles of `MixedInteger` and `solvers.Linear` themselves.
     branching
         "most_infeasible", "strong" (tries both children of up to ten variables) or "pseudocost".
     node_selection
@@ -123,7 +128,8 @@ def minimize(
         Use known points, without the oracle, while they promise the last gap divided by this.
     strong_convexity
         ``mu > 0`` if ``f - mu |x|^2 / 2`` is known to be convex: raises bounds, tightens more. A
-        value that is too large gives wrong answers.
+        value that is too large gives wrong answers, and bounds are CLAIMED unless it is at most
+        `Quadratic.strong_convexity`.
     tightening
         Whether to tighten bounds by reduced costs: in each node for its children, and from the
         root's whenever the best value improves. Needs a domain with ``lagrangian``.
@@ -148,13 +154,14 @@ def minimize(
     -------
     HullSolution
         With status OPTIMAL, TIME_LIMIT, ITERATION_LIMIT (of nodes), or FEASIBLE if rounding
-        errors keep bound and objective apart.
+        errors keep bound and objective apart. No feasible point has a smaller value than its
+        bound, in exact arithmetic, if its evidence is GUARDED.
 
     Raises
     ------
     InvalidInput
-        If an option is wrong, the domain empty, the start not in it, or ``f`` or ``grad`` not
-        finite or seen not to be convex.
+        If an option is wrong, the domain empty, the start not in it, ``f`` or ``grad`` not
+        finite or seen not to be convex, or time up before any feasible point is known.
 
     Examples
     --------
@@ -164,27 +171,41 @@ def minimize(
     >>> minimize(f, None, Hypersimplex(3, 2)).x
     array([1., 0., 1.])
     """
-    _check_choice("branching", branching, RULES)
-    _check_choice("node_selection", node_selection, SELECTIONS)
-    _check_choice("variant", variant, VARIANTS)
-    for name in heuristics:
-        _check_choice("heuristics", name, HEURISTICS)
+    check_options(
+        {
+            "rel_gap": rel_gap,
+            "abs_gap": abs_gap,
+            "node_limit": node_limit,
+            "branching": branching,
+            "node_selection": node_selection,
+            "variant": variant,
+            "lazy": lazy,
+            "lazy_tolerance": lazy_tolerance,
+            "strong_convexity": strong_convexity,
+            "tightening": tightening,
+            "heuristics": heuristics,
+            "hull": hull,
+            "node_gap": node_gap,
+            "node_gap_decay": node_gap_decay,
+            "node_gap_floor": node_gap_floor,
+            "node_iterations": node_iterations,
+            "store": store,
+            "callback": callback,
+            "verbose": verbose,
+        }
+    )
+    check_domain(domain)
     settings = Settings(
         branching=branching,
         node_selection=node_selection,
         tightening=tightening,
-        strong_convexity=_at_least(0.0, "strong_convexity", strong_convexity),
-        node_gap=_at_least(0.0, "node_gap", node_gap),
-        node_gap_decay=_at_least(0.0, "node_gap_decay", node_gap_decay),
-        node_gap_floor=_at_least(0.0, "node_gap_floor", node_gap_floor),
-        node_iterations=int(_at_least(1, "node_iterations", node_iterations)),
-        store=int(_at_least(0, "store", store)),
+        strong_convexity=strong_convexity,
+        node_gap=node_gap,
+        node_gap_decay=node_gap_decay,
+        node_gap_floor=node_gap_floor,
+        node_iterations=node_iterations,
+        store=store,
     )
-    _at_least(0.0, "rel_gap", rel_gap)
-    _at_least(0.0, "abs_gap", abs_gap)
-    _at_least(1.0, "lazy_tolerance", lazy_tolerance)
-    if node_limit is not None:
-        _at_least(1, "node_limit", node_limit)
     clock = Clock(time_limit)
     objective = Objective(f, grad, domain.n)
     incumbent = Incumbent(rel_gap, abs_gap)
@@ -210,8 +231,15 @@ def minimize(
         Table() if verbose else None,
         callback,
     )
-    root = _root(domain, objective, oracle, frank_wolfe, start)
-    return tree.search(root, math.inf if node_limit is None else node_limit)
+    proven = strong_convexity <= objective.proven_convexity() if strong_convexity else True
+    evidence = Evidence.weakest(
+        objective.evidence, oracle.evidence, Evidence.GUARDED if proven else Evidence.CLAIMED
+    )
+    root = _start(domain, objective, oracle, frank_wolfe, start)
+    with within(clock):
+        _complete(root, objective, oracle, frank_wolfe, incumbent)
+        solution = tree.search(root, math.inf if node_limit is None else node_limit)
+    return replace(solution, evidence=evidence)
 
 
 class Tree:
@@ -273,13 +301,19 @@ class Tree:
                 continue
             self._nodes += 1
             self._depth = max(self._depth, node.depth)
-            unfinished = self._process(node)
+            try:
+                unfinished = self._process(node)
+            except TimeUp:
+                unfinished = True
+                stopped = Status.TIME_LIMIT
             if node.depth == 0:
                 self._root_objective = self._incumbent.value
                 self._root_bound = min(node.bound, self._root_objective)
             if unfinished:
                 self._push(node)
             self._record(self._callback)
+            if stopped is not None:
+                break
         return self._solution(stopped)
 
     def _process(self, node: Node) -> bool:
@@ -291,7 +325,8 @@ class Tree:
         if active is None:
             return False
         if (node.lower == node.upper).all():
-            node.bound = self._frank_wolfe.harvest(node.lower)
+            value = self._frank_wolfe.harvest(node.lower)
+            node.bound = max(node.bound, self._frank_wolfe.below(value, node.lower))
             self._close(node.bound)
             return False
         relaxed = self._solve(node, active)
@@ -375,7 +410,9 @@ class Tree:
         """Tighten the bounds that the node's children will have."""
         if not self._settings.tightening:
             return
-        found = cut(self._domain, relaxed, node.lower, node.upper, self._settings.strong_convexity)
+        error = self._frank_wolfe.tangent_error(relaxed, node.lower, node.upper)
+        mu = self._settings.strong_convexity
+        found = cut(self._domain, relaxed, node.lower, node.upper, mu, error)
         if found is None:
             return
         if node.depth == 0:
@@ -516,55 +553,70 @@ class Tree:
         )
 
 
-def _root(
+def _start(
     domain: Domain,
     objective: Objective,
     oracle: Oracle,
     frank_wolfe: FrankWolfe,
     start: npt.ArrayLike | None,
 ) -> Node:
-    """The first node, with three feasible points."""
+    """The first node, with the start if there is one."""
     lower, upper, _ = checked_bounds(domain.lower, domain.upper, domain.integer)
-    first: Floats | None
-    if start is not None:
+    empty = Inheritance([], np.zeros(0), np.zeros(domain.n))
+    root = Node(lower, upper, -math.inf, 0, empty)
+    if start is None:
+        return root
+    try:
         first = np.array(start, dtype=np.float64)
-        if first.shape != lower.shape or not np.isfinite(first).all():
-            raise InvalidInput(f"The start must be {domain.n} finite numbers.")
-        if (
-            not oracle.is_whole(first)
-            or (first < lower).any()
-            or (first > upper).any()
-            or oracle.feasible(np.zeros(domain.n), first, first) is None
-        ):
-            raise InvalidInput("The start is not in the domain.")
-    else:
-        first = oracle.feasible(np.zeros(domain.n), lower, upper)
-    if first is None:
-        raise InvalidInput("The domain has no feasible point; loosen its constraints.")
-    points = [first]
+    except (TypeError, ValueError):
+        raise InvalidInput(f"The start must be {domain.n} finite numbers.") from None
+    if first.shape != lower.shape or not np.isfinite(first).all():
+        raise InvalidInput(f"The start must be {domain.n} finite numbers.")
+    if not oracle.contains(first):
+        raise InvalidInput("The start is not in the domain.")
+    frank_wolfe.harvest(first)
     gradient = objective.gradient(first)
-    value = frank_wolfe.harvest(first)
-    for direction in (gradient, -gradient):  # the second for the check alone
-        other = oracle.feasible(direction, lower, upper)
-        if other is None:
-            raise InvalidInput("The domain's oracle answers None for bounds that hold a point.")
-        objective.check_tangent(first, value, gradient, other, frank_wolfe.harvest(other))
-        points.append(other)
-    return Node(
-        lower, upper, -math.inf, 0, Inheritance(points, np.array([1.0, 0.0, 0.0]), gradient)
-    )
+    root.bound = frank_wolfe.bound_over_box(first, lower, upper)
+    root.inherited = Inheritance([first], np.ones(1), gradient)
+    return root
+
+
+def _complete(
+    root: Node,
+    objective: Objective,
+    oracle: Oracle,
+    frank_wolfe: FrankWolfe,
+    incumbent: Incumbent,
+) -> None:
+    """Give the first node three feasible points, as far as time allows, and a bound from them."""
+    lower, upper = root.lower, root.upper
+    try:
+        if not root.inherited.points:
+            first = oracle.feasible(np.zeros(len(lower)), lower, upper)
+            if first is None:
+                raise InvalidInput("The domain has no feasible point; loosen its constraints.")
+            frank_wolfe.harvest(first)
+            root.bound = frank_wolfe.bound_over_box(first, lower, upper)
+            root.inherited = Inheritance([first], np.ones(1), objective.gradient(first))
+        if objective.everywhere:
+            corner = np.zeros(len(lower)).clip(lower, upper)
+            root.bound = max(root.bound, frank_wolfe.bound_over_box(corner, lower, upper))
+        first, gradient = root.inherited.points[0], root.inherited.gradient
+        value = frank_wolfe.harvest(first)
+        points = [first]
+        for direction in (gradient, -gradient):  # the second for the check alone
+            other = oracle.feasible(direction, lower, upper)
+            if other is None:
+                raise InvalidInput("The domain's oracle answers None for bounds that hold a point.")
+            objective.check_tangent(first, value, gradient, other, frank_wolfe.harvest(other))
+            points.append(other)
+        root.inherited = Inheritance(points, np.array([1.0, 0.0, 0.0]), gradient)
+    except TimeUp:
+        if incumbent.x is None:
+            raise InvalidInput(
+                "Time was up before a feasible point was found; give more of it, or a start."
+            ) from None
 
 
 def _changed(before: tuple[Floats, Floats], after: tuple[Floats, Floats]) -> int:
     return int((before[0] != after[0]).sum() + (before[1] != after[1]).sum())
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidInput(f"{name} '{value}' is not one of {', '.join(choices)}.")
-
-
-def _at_least(least: float, name: str, value: float) -> float:
-    if not least <= value < math.inf:
-        raise InvalidInput(f"{name} {value} must be a finite number from {least:g} upwards.")
-    return value

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import time
+from fractions import Fraction
 
 import boscia_problems as boscia
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import InvalidInput, Status
+from solvers.highs import TimeUp
 from solvers.hull import (
     Birkhoff,
     Box,
@@ -23,6 +26,7 @@ from solvers.hull import (
     UnitSimplex,
     minimize,
 )
+from solvers.solution import Evidence
 
 SMALL = [
     (boscia.planted_cube, {}),
@@ -253,6 +257,188 @@ def test_functions_that_are_not_quadratic(name, variant):
     check(solution, f, min(map(f, points)))
 
 
+def exact_value(f, point):
+    """A quadratic in rational arithmetic."""
+    y = {j: int(v) for j, v in enumerate(point) if v}
+    matrix = f.matrix.tolist()
+    value = Fraction(f.constant) + sum(Fraction(float(f.linear[j])) * v for j, v in y.items())
+    return (
+        value + sum(Fraction(matrix[i][j]) * v * w for i, v in y.items() for j, w in y.items()) / 2
+    )
+
+
+@st.composite
+def badly_scaled(draw, domain, points):
+    """A convex quadratic with scales from 1e-8 to 1e8, often zero or nearly so at some point."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    n, rank = domain.n, draw(st.integers(1, domain.n + 1))
+    root = random.normal(size=(rank, n)) * 10.0 ** random.uniform(-8, 8, n)
+    if draw(st.booleans()):
+        root = np.round(root)
+    matrix = root.T @ root
+    matrix = (matrix + matrix.T) / 2
+    if draw(st.booleans()):  # the loss of a point in its expanded form: everything cancels
+        point = points[random.integers(len(points))]
+        linear, constant = -(matrix @ point), float(point @ matrix @ point) / 2
+    else:
+        size = np.abs(matrix).max() ** random.uniform(0.5, 1)
+        linear, constant = random.normal(size=n) * size, random.normal() * size
+    unit = draw(st.sampled_from([1e-120, 1e-12, 1.0, 1.0, 1.0, 1e12, 1e120]))
+    return Quadratic(matrix * unit, linear * unit, constant * unit)
+
+
+EXACT = [name for name in DOMAINS if name != "linear"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_no_bound_is_above_the_exact_optimum(name, data):
+    domain, points = DOMAINS[name](), ENTRIES[name]
+    f = data.draw(badly_scaled(domain, points))
+    options = data.draw(st.sampled_from(VARIANTS))
+    mu = f.strong_convexity if data.draw(st.booleans()) else 0.0
+    solution = minimize(
+        f, None, domain, rel_gap=0.0, abs_gap=0.0, node_limit=200, strong_convexity=mu, **options
+    )
+    assert solution.evidence is Evidence.GUARDED
+    # Exact values of those points alone that could be the least.
+    values = np.array([f(point) for point in points])
+    errors = np.array([f.error(point) for point in points])
+    near = points[values - errors <= (values + errors).min()]
+    near = near[np.argsort([f(point) for point in near])][:50]
+    assert Fraction(solution.bound) <= min(exact_value(f, point) for point in near)
+    for point, value, error in zip(points[:3], values, errors, strict=False):
+        assert abs(Fraction(float(value)) - exact_value(f, point)) <= Fraction(float(error))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_loss_that_cancels_is_bounded_below_its_exact_optimum(seed):
+    random, n = np.random.default_rng(seed), 24
+    weight = np.abs(random.normal(size=n)) * 10.0 ** random.uniform(-3, 0, n)
+    inputs = random.normal(size=(n, 4 * n)) * 0.3 + 1.0
+    matrix = weight[:, None] * (inputs @ inputs.T / (4 * n)) * weight
+    matrix = (matrix + matrix.T) / 2
+    sums = matrix.sum(axis=1)
+    f = Quadratic(2 * matrix, -2 * sums, float(sums.sum()))
+    domain = Hypersimplex(n, n - 1)
+    solution = minimize(f, None, domain, rel_gap=0.0, abs_gap=0.0, node_limit=200)
+    optimum = min(exact_value(f, point) for point in 1 - np.eye(n))
+    assert optimum - Fraction(1e-13 * f.constant) <= Fraction(solution.bound) <= optimum
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_the_tangent_lies_below_the_function_by_exact_arithmetic(data):
+    domain, points = DOMAINS["box"](), ENTRIES["box"]
+    f = data.draw(badly_scaled(domain, points))
+    lower, upper = data.draw(boxes(domain))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    x = lower + (upper - lower) * random.random(domain.n)
+    value, gradient, error = f(x), f.grad(x), f.error(x, lower, upper)
+    inside = points[((points >= lower) & (points <= upper)).all(axis=1)]
+    for y in inside[random.integers(len(inside), size=5)]:
+        tangent = Fraction(value) + sum(
+            Fraction(g) * (Fraction(b) - Fraction(a))
+            for g, a, b in zip(gradient.tolist(), x.tolist(), y.tolist(), strict=True)
+        )
+        assert exact_value(f, y) >= tangent - Fraction(error)
+
+
+def test_a_matrix_that_is_not_quite_convex_is_paid_for():
+    matrix = np.array([[1.0, 1.0], [1.0, 1.0]])
+    matrix[0, 1] = matrix[1, 0] = 1 + 1e-10  # the eigenvalue -1e-10
+    f = Quadratic(matrix, [0.0, 0.0])
+    assert f.deficit.min() >= 1e-10
+    assert np.linalg.eigvalsh(matrix + np.diag(f.deficit))[0] > -1e-15
+    assert f.strong_convexity == 0
+    solution = minimize(f, None, Box([-1, -1], [1, 1]), rel_gap=0.0, abs_gap=0.0)
+    assert solution.objective == exact_value(f, [1, -1]) < 0
+    assert Fraction(solution.bound) <= exact_value(f, [1, -1])
+
+
+def test_strong_convexity_is_proven():
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        root = random.normal(size=(8, 8)) * 10.0 ** random.uniform(-4, 4, 8)
+        f = Quadratic(root.T @ root + np.eye(8))
+        least = float(np.linalg.eigvalsh(f.matrix)[0])
+        assert 0 < f.strong_convexity <= least * (1 + 1e-6) or least < 1e-6 * f.matrix.max()
+    assert Quadratic(np.eye(5)).strong_convexity == pytest.approx(1, abs=1e-10)
+    assert Quadratic(np.eye(5)).strong_convexity < 1
+
+
+def test_evidence_says_what_a_bound_rests_on():
+    class Stated:
+        def __init__(self, error):
+            self.stated = error
+            self.grad = SQUARE.grad
+
+        def __call__(self, x):
+            return SQUARE(x)
+
+        def error(self, x):
+            return self.stated
+
+    cube = Box.cube(3)
+    linear = MixedInteger([[1.0, 1.0, 1.0]], -np.inf, 2.0)
+    for f, grad, domain, mu, evidence in (
+        (SQUARE, None, cube, 0.0, Evidence.GUARDED),
+        (SQUARE, None, cube, SQUARE.strong_convexity, Evidence.GUARDED),
+        (SQUARE, None, cube, 1.0, Evidence.CLAIMED),
+        (SQUARE, SQUARE.grad, cube, 0.0, Evidence.CLAIMED),
+        (lambda x: SQUARE(x), SQUARE.grad, cube, 0.0, Evidence.CLAIMED),
+        (Stated(1e-12), None, cube, 0.0, Evidence.GUARDED),
+        (SQUARE, None, linear, 0.0, Evidence.CLAIMED),
+    ):
+        solution = minimize(f, grad, domain, rel_gap=0.0, abs_gap=1e-9, strong_convexity=mu)
+        assert solution.evidence is evidence
+        assert f"({evidence.name.lower()})" in repr(solution)
+    exact = minimize(SQUARE, None, cube, rel_gap=0.0, abs_gap=0.0)
+    stated = minimize(Stated(0.01), None, cube, rel_gap=0.0, abs_gap=0.0)
+    assert stated.objective - 0.05 < stated.bound <= exact.objective - 0.01
+    with pytest.raises(InvalidInput, match="f's error is nan"):
+        minimize(Stated(math.nan), None, cube)
+
+
+class OutOfTime(Box):
+    """Its oracle's clock runs out at some call."""
+
+    def __init__(self, n, calls):
+        super().__init__(np.zeros(n), np.ones(n))
+        self.calls = calls
+
+    def lmo(self, direction, lower, upper):
+        self.calls -= 1
+        if self.calls < 0:
+            raise TimeUp
+        return super().lmo(direction, lower, upper)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 5, 8, 20, 50])
+@pytest.mark.parametrize("options", [{}, {"branching": "strong"}, {"lazy": False}], ids=str)
+def test_an_oracle_out_of_time_leaves_an_honest_bound(calls, options):
+    instance = boscia.worst_case(8)
+    solution = minimize(instance.f, None, OutOfTime(8, calls), rel_gap=1e-6, **options)
+    assert solution.status is Status.TIME_LIMIT
+    assert -np.inf < solution.bound <= instance.optimum <= solution.objective
+    honest(solution, instance.optimum)
+    with pytest.raises(InvalidInput, match="Time was up before a feasible point"):
+        minimize(instance.f, None, OutOfTime(8, 0))
+
+
+def test_mixed_integer_oracles_keep_the_time_limit():
+    random = np.random.default_rng(0)
+    matrix = random.integers(0, 10**6, size=(6, 60)).astype(float)
+    domain = MixedInteger(matrix, -np.inf, np.floor(matrix.sum(axis=1) / 2))
+    f = Quadratic(np.eye(60), -matrix.sum(axis=0) / 1e6)
+    began = time.perf_counter()
+    solution = minimize(f, None, domain, start=np.zeros(60), time_limit=1.0, rel_gap=1e-6)
+    assert time.perf_counter() - began < 10
+    assert solution.status is Status.TIME_LIMIT
+    assert -np.inf < solution.bound < solution.objective
+
+
 def test_tightening_does_not_mistake_the_gradient_for_reduced_costs():
     # On sum(x) = k, adding a constant to the gradient changes nothing but must not fix anything.
     instance = boscia.sparse_quadratic(10, seed=3)
@@ -349,6 +535,12 @@ def test_progress_is_told(capsys):
 SQUARE = Quadratic(np.eye(3), [-0.9, -0.2, -0.6])
 
 
+class Misshapen(Box):
+    def __init__(self):
+        super().__init__([0, 0, 0], [1, 1, 1])
+        self.upper = np.ones(2)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -357,6 +549,40 @@ SQUARE = Quadratic(np.eye(3), [-0.9, -0.2, -0.6])
         (lambda: minimize(SQUARE, None, Box.cube(3), time_limit=0), "Time limit"),
         (lambda: minimize(SQUARE, None, Box.cube(3), node_limit=0), "node_limit"),
         (lambda: minimize(SQUARE, None, Box.cube(3), rel_gap=-1), "rel_gap"),
+        *(
+            (lambda o=option: minimize(SQUARE, None, Box.cube(3), **o), next(iter(option)))
+            for option in (
+                {"rel_gap": math.nan},
+                {"rel_gap": math.inf},
+                {"rel_gap": True},
+                {"abs_gap": "1"},
+                {"node_limit": 2.5},
+                {"node_limit": True},
+                {"node_iterations": 0},
+                {"node_iterations": 3.0},
+                {"store": -1},
+                {"store": None},
+                {"lazy": 1},
+                {"hull": None},
+                {"lazy_tolerance": 0.5},
+                {"strong_convexity": math.nan},
+                {"heuristics": "rounding"},
+                {"heuristics": ("rounding", 1)},
+                {"heuristics": None},
+                {"callback": 3},
+                {"branching": None},
+            )
+        ),
+        (lambda: minimize(SQUARE, None, Box.cube(3), start="here"), "start must be 3"),
+        (lambda: minimize(SQUARE, None, Box.cube(3), start=[[0, 0, 0]]), "start must be 3"),
+        (lambda: minimize(SQUARE, None, Box.cube(4)), "on 3 variables, but the domain has 4"),
+        (lambda: minimize(SQUARE, None, None), "NoneType is no domain: it has no 'n'"),
+        (lambda: minimize(3, None, Box.cube(3)), "f is 3"),
+        (lambda: minimize(SQUARE, None, Misshapen()), r"upper has shape \(2,\)"),
+        (lambda: MixedInteger([1, 1], 0, 1), r"shape \(2,\)"),
+        (lambda: MixedInteger([[1, 1]], [0, 0], 1), "least has shape"),
+        (lambda: MixedInteger([[1, 1]], 0, 1, upper=[1, 1, 1]), "upper has shape"),
+        (lambda: Knapsack([1], math.nan), "whole"),
         (lambda: minimize(SQUARE, None, Box.cube(3), branching="best"), "branching 'best'"),
         (lambda: minimize(SQUARE, None, Box.cube(3), variant="lazy"), "variant 'lazy'"),
         (lambda: minimize(SQUARE, None, Box.cube(3), start=[0, 0, 2]), "start"),

@@ -1,5 +1,9 @@
 import itertools
 import json
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,8 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import coo_array, csc_array
 
-import solvers.linear
+import solvers.highs
 from solvers import InvalidInput, Linear, MaskProblem, Outcome, Pattern, Solver, Status, solve
+from solvers.branch_and_bound.hull import PatternDomain
+from solvers.clock import Clock
+from solvers.errors import NoMask
+from solvers.highs import TimeUp
+from solvers.highs import within as timed
 from solvers.registry import _SOLVERS, available
 
 ORACLES = ["highs", "scip"]
@@ -215,16 +224,167 @@ def test_whole_numbers_hold_exactly(oracle):
     assert int(pattern.lmo(-everything.double()).sum()) == 2
 
 
-@pytest.mark.parametrize("exponent", [solvers.linear._ROW_EXPONENT, 0, -4])
+@pytest.mark.parametrize("exponent", [solvers.highs._ROW_EXPONENT, 0, -4])
 @pytest.mark.parametrize("oracle", ORACLES)
 def test_an_excess_within_the_oracles_tolerance_is_not_accepted(monkeypatch, oracle, exponent):
-    monkeypatch.setattr("solvers.linear._ROW_EXPONENT", exponent)
+    monkeypatch.setattr("solvers.highs._ROW_EXPONENT", exponent)
     above = 0.5 + 1e-8
     pattern = Linear([[above, above, 0.5, 0.5]], -np.inf, 1.0, oracle=oracle)
     direction = torch.tensor([[-4.0, -4.0, -1.0, -2.0]])
     assert float(value(direction, pattern.lmo(direction))) == -4.0
     direction = torch.tensor([[-4.0, -4.0, -2.0, -3.0]])
     assert float(value(direction, pattern.lmo(direction))) == -5.0
+
+
+@st.composite
+def uneven(draw):
+    """Constraints with coefficients from 1 to 1e15, around the sums of one mask; and its shape."""
+    n, count = draw(st.integers(2, 8)), draw(st.integers(1, 3))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    sizes = 10.0 ** random.choice([0, 0, 3, 8, 12, 15], size=(count, n))
+    matrix = random.integers(-3, 4, size=(count, n)) * sizes
+    if draw(st.booleans()):
+        matrix += random.integers(-2, 3, size=(count, n))
+    if draw(st.booleans()):
+        matrix *= random.normal(size=(count, n))
+    sums = matrix @ random.integers(0, 2, size=n)
+    kind = draw(st.sampled_from(["equal", "between", "below", "above", "apart"]))
+    off = random.choice([-1.0, 0.0, 1.0], size=count)
+    if kind == "apart":
+        off += 0.5
+    width = random.integers(0, 3, size=count) if kind == "between" else 0
+    lower = np.full(count, -np.inf) if kind == "below" else sums + off
+    upper = np.full(count, np.inf) if kind == "above" else sums + off + width
+    return matrix, lower, upper, random
+
+
+def allowed(matrix, lower, upper, mask, slack):
+    """Whether a mask is allowed by the documentation, with a share of the slack."""
+    for row, low, up in zip(matrix, lower, upper, strict=True):
+        total = sum((Fraction(a) for a, m in zip(row, mask, strict=True) if m), Fraction(0))
+        whole = (row % 1 == 0).all()
+        for sign, bound in ((1, up), (-1, low)):
+            if np.isinf(bound):
+                continue
+            give = slack * 1e-9 * max(abs(row).max(), abs(bound))
+            if whole:
+                give = min(give, 0.5) if bound % 1 else 0
+            if sign * (total - Fraction(bound)) > Fraction(float(give)):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("oracle", ORACLES)
+@settings(max_examples=150)
+@given(uneven(), st.booleans())
+def test_coefficients_of_any_size_are_as_by_enumeration(oracle, case, bounded):
+    matrix, lower, upper, random = case
+    n = matrix.shape[1]
+    masks = every_mask((1, n))
+    bits = masks.flatten(1).tolist()
+    surely = [allowed(matrix, lower, upper, mask, 0.5) for mask in bits]
+    perhaps = [allowed(matrix, lower, upper, mask, 2.0) for mask in bits]
+    try:
+        pattern = Linear(matrix, lower, upper, oracle=oracle)
+    except InvalidInput:
+        assert not any(surely)
+        return
+    kept = [pattern.is_feasible(mask) for mask in masks]
+    assert any(kept)
+    assert all(not sure or keeps for sure, keeps in zip(surely, kept, strict=True))
+    assert all(not keeps or may for keeps, may in zip(kept, perhaps, strict=True))
+    direction = torch.tensor(random.normal(size=(1, n)))
+    draws = torch.tensor(random.random((1, n)))
+    low, up = (draws < 0.2, draws < 0.8) if bounded else (draws < 0, draws < 1)
+    inside = within(masks[kept], low, up)
+    if len(inside) == 0:
+        with pytest.raises(NoMask):
+            pattern.lmo(direction, low, up)
+        return
+    answer = pattern.lmo(direction, low, up)
+    assert any(torch.equal(answer, mask) for mask in inside)
+    best = float(value(direction, inside).min())
+    assert float(value(direction, answer)) == pytest.approx(best, abs=1e-9)
+    relaxed = pattern.lmo_relaxed(direction, low, up)
+    assert float(value(direction, relaxed)) <= best + 1e-6
+
+
+@pytest.mark.parametrize("oracle", ORACLES)
+@pytest.mark.parametrize("large", [1e9, 1e12, 1e15, 1e30])
+def test_masks_are_not_excluded_one_by_one(oracle, large):
+    n = 10
+    began = time.process_time()
+    for bound in (2.0, large, large + 2, 2 * large):
+        pattern = Linear([[large] * n + [1.0] * n], -np.inf, bound, oracle=oracle)
+        answer = pattern.lmo(-torch.ones(1, 2 * n, dtype=torch.float64))
+        rests = (int(bound) - big * int(large) for big in range(3))
+        most = max(big + min(n, rest) for big, rest in enumerate(rests) if rest >= 0)
+        assert pattern.is_feasible(answer)
+        assert int(answer.sum()) == most
+    assert time.process_time() - began < 10
+
+
+def test_a_search_with_a_hard_oracle_keeps_its_time_limit():
+    n = 10
+    matrix = np.array([[1e12] * n + [1.0] * n])
+    problem = MaskProblem(torch.ones(1, 2 * n), torch.eye(2 * n), Linear(matrix, -np.inf, 2.0))
+    began = time.process_time()
+    solution = solve(problem, "branch_and_bound", time_limit=2.0)
+    assert time.process_time() - began < 6
+    assert float(solution.objective.sum()) == 18
+
+
+@pytest.mark.parametrize("oracle", ORACLES)
+def test_oracles_stop_when_the_clock_runs_out(oracle):
+    # Market split (Cornuejols and Dawande): tiny, and far beyond any solver.
+    random = np.random.default_rng(0)
+    matrix = random.integers(0, 10**6, size=(6, 60)).astype(float)
+    pattern = Linear(matrix, -np.inf, np.floor(matrix.sum(axis=1) / 2), oracle=oracle)
+    began = time.perf_counter()
+    direction = -torch.tensor(matrix.sum(axis=0))[None]
+    with timed(Clock(0.2)), pytest.raises(TimeUp):
+        list(map(pattern.lmo, itertools.repeat(direction)))
+    assert time.perf_counter() - began < 10
+
+
+def test_the_oracle_is_silent_and_depends_on_nothing_but_its_arguments(capfd):
+    random = np.random.default_rng(0)
+    matrix = random.integers(1, 1000, size=(1, 96))  # scipy's HiGHS prints lines for these
+    directions = [-torch.tensor(random.random((1, 96))) for _ in range(8)]
+    pattern = Linear(matrix, -np.inf, 24000.0)
+    fresh = [Linear(matrix, -np.inf, 24000.0).lmo(direction) for direction in directions]
+    copied = pickle.loads(pickle.dumps(pattern))
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(pattern.lmo, directions))
+    for ask in (pattern.lmo, copied.lmo):
+        backwards = [ask(direction) for direction in reversed(directions)][::-1]
+        assert all(map(torch.equal, backwards, fresh))
+    assert all(map(torch.equal, together, fresh))
+    relaxed = [pattern.lmo_relaxed(direction) for direction in directions]
+    assert torch.equal(pattern.lmo_relaxed(directions[0]), relaxed[0])
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_wrong_input_inside_an_oracle_is_not_taken_for_an_empty_node():
+    class Refusing(Linear):
+        def lmo(self, direction, lower=None, upper=None):
+            raise InvalidInput("The oracle cannot do this.")
+
+    matrix = np.ones((1, 3))
+    domain = PatternDomain(Refusing(matrix, 1, 2), (1, 3))
+    with pytest.raises(InvalidInput, match="cannot do this"):
+        domain.lmo(np.zeros(3), domain.lower, domain.upper)
+    empty = PatternDomain(Linear(matrix, 1, 2), (1, 3))
+    assert empty.lmo(np.zeros(3), np.ones(3), np.ones(3)) is None
+    # The domain is that of the pruned ones: all of them, so that none is kept.
+
+
+def test_a_layer_too_large_for_the_hull_is_refused_with_its_size():
+    pattern = Linear(np.ones((1, 20_000)), 0, 20_000)
+    problem = MaskProblem(torch.ones(200, 100), torch.eye(100), pattern)
+    start = torch.ones(200, 100, dtype=torch.bool)
+    with pytest.raises(InvalidInput, match=r"takes 3 GiB; give at most 163 rows of 100 inputs"):
+        solve(problem, "branch_and_bound", start=start)
 
 
 @pytest.mark.parametrize("oracle", ORACLES)
@@ -304,10 +464,9 @@ def test_a_missing_scip_is_said(monkeypatch):
 
 
 def test_an_oracle_without_an_answer_is_an_error(monkeypatch):
-    result = type("Result", (), {"status": 4, "message": "numerical trouble"})()
     pattern = Linear([[1.0]], 0, 1)
-    monkeypatch.setattr("scipy.optimize.milp", lambda *arguments, **options: result)
-    with pytest.raises(RuntimeError, match="HiGHS found no answer: numerical trouble"):
+    monkeypatch.setattr("solvers.highs.Program._status", lambda *arguments: "Solve error")
+    with pytest.raises(RuntimeError, match="HiGHS found no answer that can be believed: Solve"):
         pattern.lmo(torch.zeros(1, 1))
 
 
