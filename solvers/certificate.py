@@ -29,6 +29,7 @@ __all__ = [
     "InvalidCertificate",
     "Verified",
     "check",
+    "check_rows",
     "load_certificates",
     "save_certificates",
 ]
@@ -123,6 +124,19 @@ def check(
         above the proven one or the objective; where rows share a budget, also if a row is missing
         or the prices differ.
     """
+    rows = check_rows(problem, certificates, exact=exact)
+    if problem.pattern.coupled:
+        return [Verified(None, *checker.summed(rows))]
+    return [Verified(c.row, *row) for c, row in zip(certificates, rows, strict=True)]
+
+
+def check_rows(
+    problem: MaskProblem, certificates: Sequence[Certificate], *, exact: bool = False
+) -> list[checker.Row]:
+    """`check`, row by row also where they share a budget.
+
+    Then a row's bound is only its share, ``B_r + price * pruned_r``: the sum of all is a bound.
+    """
     if not isinstance(problem.pattern, CellPattern):
         raise InvalidCertificate(f"The pattern {problem.pattern} has no cells of fixed count.")
     arrays = checker.Problem(
@@ -132,13 +146,11 @@ def check(
     )
     claims = [checker.Claim(**vars(certificate)) for certificate in certificates]
     try:
-        rows = checker.prove_rows(arrays, problem.pattern.to_dict(), claims, exact)
+        return checker.prove_rows(arrays, problem.pattern.to_dict(), claims, exact)
     except checker.Refused as refused:
         raise InvalidCertificate(str(refused)) from None
-    if not problem.pattern.coupled:
-        return [Verified(c.row, *one) for c, one in zip(claims, rows, strict=True)]
-    found = checker.summed(rows)
-    return [Verified(None, *found)]
+    except ModuleNotFoundError as error:
+        raise InvalidInput(str(error)) from None
 
 
 _SCALARS = ("row", "bound", "offset", "shift")

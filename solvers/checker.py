@@ -760,8 +760,10 @@ class _Folder:
             raise Refused(f"Layer {name} is in no block of {prefix}")
         return int(number)
 
-    def stored(self, parts: Iterable[Mapping[str, Any]], shape: tuple[int, ...]) -> Tensor:
+    def stored(self, parts: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> Tensor:
         """A layer's weight ``[rows, d]`` out of the saved tensors, as its record says."""
+        if not parts:
+            raise Refused("its record does not say where the model stores it.")
         found, kinds = [], set()
         for part in parts:
             tensor = self.tensors[part["tensor"]]
