@@ -39,7 +39,7 @@ from .observer import Observer
 from .permute import apply_orders, as_orders
 from .placement import Placement
 from .record import order_digest
-from .results import read_record, write_results
+from .results import is_unbounded, read_record, write_results
 from .rules import Rules
 from .stages import Stages
 from .surrogate import row_slices
@@ -94,6 +94,11 @@ class LayerCertificate:
     price: float | None
     digests: list[dict[str, str | None]]
     stored: list[dict[str, Any]]
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the bound is no better than that a plain loss is not negative."""
+        return is_unbounded(asdict(self))
 
 
 def certify(
