@@ -223,12 +223,15 @@ def summed(layers: Sequence[dict[str, Any]]) -> LayerSum:
 def is_unbounded(certificate: dict[str, Any]) -> bool:
     """Whether a certificate says nothing: a plain loss is above zero without it."""
     plain = not any(one["linear"] for one in certificate.get("digests", []))
-    return plain and certificate["bound"] <= 0 < (certificate["gap"] or math.inf)
+    gap = math.inf if certificate["gap"] is None else certificate["gap"]
+    return bool(plain and certificate["bound"] <= 0 < gap)
 
 
 def gap_text(certificate: dict[str, Any]) -> str:
     """A layer's certified gap, for people."""
-    return "no bound" if is_unbounded(certificate) else f"{certificate['gap']:.2%}"
+    if is_unbounded(certificate) or certificate["gap"] is None:
+        return "no bound"
+    return f"{certificate['gap']:.2%}"
 
 
 def certified_text(record: dict[str, Any]) -> str:

@@ -235,11 +235,22 @@ ATTACKS = {
     "another layer's files": (other_layer, "digests"),
     "pattern removed": (lambda f: f.record["settings"].update(pattern=None), "pattern"),
     "multiplier below zero": (
-        lambda f: f.each(multiplier=lambda c: c.multiplier - 1e-18),
+        lambda f: f.each(
+            family=lambda c: np.append(c.family, 0),
+            index=lambda c: np.vstack([c.index, [[0, 1, 1]]]),
+            multiplier=lambda c: np.append(c.multiplier, -1e-18),
+        ),
         "negative",
     ),
     "bound raised": (lambda f: f.each(bound=lambda c: c.bound * 1.001), "claims the bound"),
-    "negative input": (lambda f: f.each(index=lambda c: c.index - 100), "no family or inputs"),
+    "negative input": (
+        lambda f: f.each(
+            family=lambda c: np.append(c.family, 0),
+            index=lambda c: np.vstack([c.index, [[-1, 1, 1]]]),
+            multiplier=lambda c: np.append(c.multiplier, 0.0),
+        ),
+        "no family or inputs",
+    ),
     "family of floats": (lambda f: f.each(family=lambda c: c.family + 0.5), "integers"),
     "weights scaled": (
         lambda f: f.tensors(f.problem, lambda t: {"weight": t["weight"] * np.float32(1e-3)}),
@@ -380,6 +391,61 @@ def test_random_forgeries_prove_nothing_more(small, seed):
     for name, (rows, gap) in found.items():
         assert rows <= honest[name].rows
         assert gap >= honest[name].gap - 2e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "granitemoe", "gpt_oss"])
+def test_weights_are_found_however_they_are_stored(tmp_path, embedded, family):
+    """Transposed, one tensor per expert or all in one, under the model's names or others."""
+    model = tiny_model(family)
+    rules = Rules(PerRow(sparsity=0.5), only=("*.1.*",))
+    report = mipprune.prune(model, None, WINDOWS, rules, samples=8, solver="wanda")
+    folder = tmp_path / "model"
+    mipprune.save(folder, model, embedded.tokenizer, report)
+    fresh = LoadedModel(tiny_model(family), None, torch.float32)
+    results = certify(folder, rows=1, row_seconds=0.01, model=fresh, calibration=WINDOWS)
+    checked = check_folder(folder)
+    assert len(checked) == len(results) == checked.layers
+    forgery = Forgery(folder, results[0].name)
+    tensor = results[0].stored[0]["tensor"]
+    forgery.tensors("model.safetensors", lambda t: {tensor: 2 * t[tensor]})
+    with pytest.raises(InvalidInput, match="kept weights"):
+        check_folder(folder)
+
+
+def test_weights_are_compared_in_the_type_they_are_stored_in(tmp_path, embedded):
+    model = tiny_model("llama")
+    rules = Rules(PerRow(sparsity=0.5), only=(Q,))
+    report = mipprune.prune(model, None, WINDOWS, rules, samples=8, solver="wanda")
+    for dtype in (torch.bfloat16, torch.float16):
+        folder = tmp_path / str(dtype)
+        mipprune.save(folder, tiny_pruned(model), embedded.tokenizer, report, dtype)
+        certify(folder, rows=1, row_seconds=0.01, model=dense(), calibration=WINDOWS)
+        assert check_folder(folder).keys() == {Q}
+
+
+def tiny_pruned(model):
+    """The same weights again, since saving converts in place."""
+    again = tiny_model("llama")
+    again.load_state_dict(model.state_dict())
+    return again
+
+
+def test_gaps_that_are_no_bound_are_called_so():
+    from mipprune.results import certified_text, gap_text
+
+    one = {"gap": 0.25, "bound": 0.75, "loss": 1.0, "rows": [0, 1]}
+    none = {"gap": 1.5, "bound": -0.5, "loss": 1.0, "rows": [0, 1]}
+    linear = {**none, "digests": [{"linear": "abc"}]}
+    zero = {"gap": 0.0, "bound": 0.0, "loss": 0.0, "rows": [0]}
+    assert [gap_text(c) for c in (one, none, linear, zero)] == [
+        "25.00%", "no bound", "150.00%", "0.00%",
+    ]  # fmt: skip
+    layers = [{"rows": 5184, "certificate": one}, {"rows": 5184, "certificate": none}]
+    text = certified_text({"layers": layers})
+    assert text.startswith("Certified: 2 of 2 layers, 4 of 10 368 rows; gaps of layers: 25.00% to")
+    assert "no bound (1 of 2 layers have none)" in text
+    assert checker.NOT_PROVEN in text
+    assert certified_text({"layers": [{"rows": 3}]}) == ""
 
 
 def test_all_rows_have_no_margin(tmp_path, embedded):
