@@ -12,7 +12,6 @@ gaps, the sample estimates it.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -24,14 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, solve
-from solvers.certificate import Verified, check, load_certificates, save_certificates
+from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, checker, solve
+from solvers.certificate import Certificate, InvalidCertificate, check_rows, save_certificates
 from solvers.clock import Clock
 from solvers.semidefinite.layer import fitted_price
 
 from .calibration import Windows, calibration_windows
-from .checkpoint import ORDER_FILE, RECORD_FILE, load_masks, load_order, write_json
+from .checkpoint import ORDER_FILE, RECORD_FILE, finite, load_masks, load_order, write_json
 from .choice import step_chosen
+from .environment import model_environment
+from .folder import StoredWeights
 from .held_out import split_windows
 from .layer_step import LayerStep
 from .models import LoadedModel, load_model, resolve_device
@@ -39,7 +40,7 @@ from .observer import Observer
 from .permute import apply_orders, as_orders
 from .placement import Placement
 from .record import order_digest
-from .results import read_record, write_results
+from .results import is_unbounded, read_record, write_results
 from .rules import Rules
 from .stages import Stages
 from .surrogate import row_slices
@@ -76,6 +77,11 @@ class LayerCertificate:
         layer (Student's t with finite population; 0 for all rows, None for a single one).
     price
         Of a pruned weight, where the rows share a budget; it is found on other rows than these.
+    digests
+        SHA-256 of weight, Gram matrix and linear term of the certified problems, by group of rows.
+    stored
+        Where the saved model has the layer's weight: parts of its rows, each a tensor's name, its
+        index in that tensor (None: all of it), and whether it is transposed.
     """
 
     name: str
@@ -87,6 +93,13 @@ class LayerCertificate:
     mean_row_gap: float
     margin: float | None
     price: float | None
+    digests: list[dict[str, str | None]]
+    stored: list[dict[str, Any]]
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the bound is no better than that a plain loss is not negative."""
+        return is_unbounded(asdict(self))
 
 
 def certify(
@@ -161,6 +174,7 @@ def certify(
         )
     placement = Placement(model.model, settings["blocks"])
     _reorder(placement, folder, record, windows)
+    stored = StoredWeights(folder, model.model)
     recorded = {layer["name"]: layer for layer in record["layers"]}
     observer.begin(len(placement.blocks), len(recorded))
     run_step = step_chosen(_layer_step(settings), settings.get("choice"))
@@ -193,64 +207,55 @@ def certify(
             place = (seed, step.index, done[step.index])
             done[step.index] += 1
             chosen = _sample(len(mask), rows, place)
-            result = _certify_layer(folder, layer.name, problems, mask, chosen, row_seconds, seed)
+            files = _Files(folder, layer.name, stored.parts(layer))
+            result = _certify_layer(files, problems, mask, chosen, row_seconds, seed)
             results.append(result)
-            recorded[layer.name]["certificate"] = asdict(result)
+            recorded[layer.name]["certificate"] = finite(asdict(result))
             new = aim.updated(mask.to(layer.weight.device))
             step.prune(layer, mask, new, aim.new_bias(new, layer.bias))
-    record["certificate"] = {"rows": rows, "row_seconds": row_seconds, "seed": seed}
+    versions = model_environment(model.model)
+    del versions["time"]  # the same certificates make the same record
+    record["certificate"] = {
+        "rows": rows,
+        "row_seconds": row_seconds,
+        "seed": seed,
+        "model": settings.get("model"),
+        "calibration": {"source": windows.source, "sha256": windows.digest},
+        "environment": versions,
+        "not_proven": checker.NOT_PROVEN,
+    }
     write_json(folder / RECORD_FILE, record)
     write_results(folder, record)
     return results
 
 
-def check_folder(folder: str | Path) -> dict[str, tuple[int, float]]:
-    """Verify all certificates of a folder from its files alone.
+def check_folder(folder: str | Path, *, exact: bool = False) -> checker.Checked:
+    """Verify a certified folder from its files alone, see `solvers.checker.check_folder`.
+
+    Parameters
+    ----------
+    folder
+        What `certify` wrote into.
+    exact
+        Repeat the proofs in ball arithmetic (needs python-flint) instead of floating point.
 
     Returns
     -------
-    dict
-        By layer: rows verified, and the gap proven for their summed loss.
+    solvers.checker.Checked
+        By layer: rows verified, and the gap proven for their summed loss; and the coverage.
 
     Raises
     ------
     InvalidInput
         If there are none, or one of them does not prove what it claims; it names the layer.
     """
-    folder = Path(folder)
-    record = read_record(folder)
-    patterns = _patterns(record)
-    certified = [layer for layer in record["layers"] if "certificate" in layer]
-    if not certified:
-        raise InvalidInput(f"{folder} has no certificates; make them with mipprune certify.")
-    masks = load_masks(folder)
-    row_groups = _layer_step(record["settings"]).surrogate.row_groups
-    verified = {}
-    for layer in certified:
-        name, claimed = layer["name"], layer["certificate"]
-        rows: list[Verified] = []
-        try:
-            violation = patterns[name].violation(masks[name])
-            if violation is not None:
-                raise InvalidInput(f"The mask does not follow the pattern: {violation}.")
-            for group, of_group in _rows_by_group(claimed["rows"], len(masks[name]), row_groups):
-                certificates_file, problem_file = _files(folder, name, group)
-                certificates = load_certificates(certificates_file)
-                part = _pattern_of_rows(patterns[name], masks[name][of_group])
-                rows += check(MaskProblem.load(problem_file, part), certificates)
-                for certificate, row in zip(certificates, of_group, strict=True):
-                    if not np.array_equal(certificate.mask, masks[name][row].numpy()):
-                        raise InvalidInput("a certified mask is not the model's.")
-        except InvalidInput as error:
-            raise InvalidInput(f"Layer {name}: {error}") from error
-        loss, bound = sum(row.objective for row in rows), sum(row.bound for row in rows)
-        if bound < claimed["bound"] - 1e-6 * abs(claimed["bound"]):
-            raise InvalidInput(
-                f"Layer {name}: the record claims the bound {claimed['bound']:.6g}, "
-                f"but its certificates prove {bound:.6g}."
-            )
-        verified[name] = (len(rows), (loss - bound) / abs(loss) if loss else 0.0)
-    return verified
+    read_record(folder)
+    try:
+        return checker.check_folder(folder, exact)
+    except checker.Refused as refused:
+        raise InvalidCertificate(str(refused)) from None
+    except ModuleNotFoundError as error:
+        raise InvalidInput(str(error)) from None
 
 
 def _patterns(record: dict[str, Any]) -> dict[str, Pattern]:
@@ -309,9 +314,21 @@ def _sample(rows: int, wanted: int | None, seed: tuple[int, ...]) -> list[int]:
     return sorted(int(row) for row in chosen)
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Where a layer's certificates go, and where its weight is."""
+
+    folder: Path
+    layer: str
+    stored: list[dict[str, Any]]
+
+    def of(self, group: int | None) -> tuple[Path, Path]:
+        """Certificate file and problem file of the layer, or of a group of its rows."""
+        return _files(self.folder, self.layer, group)
+
+
 def _certify_layer(
-    folder: Path,
-    name: str,
+    files: _Files,
     problems: Sequence[MaskProblem],
     mask: Tensor,
     chosen: list[int],
@@ -319,45 +336,41 @@ def _certify_layer(
     seed: int,
 ) -> LayerCertificate:
     """Bound some rows of a layer's groups, write their certificates, and sum up."""
-    verified: list[Verified] = []
+    proven: list[checker.Row] = []
     price = None
+    digests = []
     groups = row_slices(len(mask), len(problems))
     for group, of_group in _rows_by_group(chosen, len(mask), len(problems)):
         own = groups[group or 0]
-        files = _files(folder, name, group)
+        certificates_file, problem_file = files.of(group)
         rows = [row - own.start for row in of_group]
-        checked, price = _certify_rows(
-            files, problems[group or 0], mask[own], rows, row_seconds, seed
+        certificates, part, price = _certify_rows(
+            problems[group or 0], mask[own], rows, row_seconds, seed
         )
-        verified += checked
-    loss, bound = sum(row.objective for row in verified), sum(row.bound for row in verified)
-    gaps = torch.tensor([row.gap for row in verified], dtype=torch.float64)
-    losses = torch.tensor([row.objective for row in verified], dtype=torch.float64)
-    bounds = torch.tensor([row.bound for row in verified], dtype=torch.float64)
-    gap = (loss - bound) / abs(loss) if loss else 0.0
-    unexplained = (losses - bounds - gap * losses) / losses.mean() if loss else 0.0 * losses
+        part.save(problem_file)
+        save_certificates(certificates_file, certificates)
+        proven += check_rows(part, certificates)
+        digests.append(checker.read_problem(problem_file)[1])
     return LayerCertificate(
-        name=name,
+        name=files.layer,
         rows=chosen,
-        loss=loss,
-        bound=bound,
-        gap=gap,
-        gap_margin=_margin(unexplained, len(mask)),
-        mean_row_gap=float(gaps.mean()),
-        margin=_margin(gaps, len(mask)),
         price=price,
+        digests=digests,
+        stored=files.stored,
+        **checker.estimates(proven, len(mask)),  # type: ignore[arg-type]
     )
 
 
 def _certify_rows(
-    files: tuple[Path, Path],
-    problem: MaskProblem,
-    mask: Tensor,
-    chosen: list[int],
-    row_seconds: float,
-    seed: int,
-) -> tuple[list[Verified], float | None]:
-    """Bound some rows of one problem and write their certificates; also the price of a budget."""
+    problem: MaskProblem, mask: Tensor, chosen: list[int], row_seconds: float, seed: int
+) -> tuple[list[Certificate], MaskProblem, float | None]:
+    """Bound some rows of one problem.
+
+    Returns
+    -------
+    list of Certificate, MaskProblem, float or None
+        One for each row; the problem of these rows; the price of a budget that they share.
+    """
     kept, price = mask[chosen], None
     part = MaskProblem(
         problem.weight[chosen],
@@ -384,11 +397,7 @@ def _certify_rows(
         dataclasses.replace(certificate, mask=kept[certificate.row].numpy())
         for certificate in solution.certificates
     ]
-    verified = check(part, certificates)
-    certificates_file, problem_file = files
-    part.save(problem_file)
-    save_certificates(certificates_file, certificates)
-    return verified, price
+    return certificates, part, price
 
 
 def _rows_by_group(
@@ -405,19 +414,6 @@ def _rows_by_group(
 def _pattern_of_rows(pattern: Pattern, kept: Tensor) -> Pattern:
     """The pattern for some rows of a layer, whose mask (bool ``[rows, d]``) follows it."""
     return PerLayer(keep=int(kept.sum())) if pattern.coupled else pattern
-
-
-def _margin(gaps: Tensor, population: int) -> float | None:
-    """Half width of the 95 % confidence interval of the mean over the whole population."""
-    n = len(gaps)
-    if n == population:
-        return 0.0
-    if n == 1:
-        return None
-    from scipy.stats import t
-
-    error = float(gaps.std()) / math.sqrt(n) * math.sqrt(1 - n / population)
-    return float(t.ppf(0.975, n - 1)) * error
 
 
 def _files(folder: Path, layer: str, group: int | None) -> tuple[Path, Path]:

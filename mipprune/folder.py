@@ -18,6 +18,8 @@ from .conversion import Conversion, Source
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from .models import PrunableLayer
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -109,6 +111,14 @@ class ModelFolder:
         tensors = self._read([stored for _, stored in source.stored], Tensor.clone)
         return source.make(self._model, tensors)[found]
 
+    def source(self, name: str) -> Source | None:
+        """What a weight is made of; None if it is not known by this name."""
+        return self._found[name][0] if name in self._found else None
+
+    def read_stored(self, source: Source) -> dict[str, Tensor]:
+        """The stored weights that others are made of, by their stored names."""
+        return self._read([stored for _, stored in source.stored], Tensor.clone)
+
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the model in the form in which this folder stores them."""
         return self._conversion.undone(tensors)
@@ -128,6 +138,75 @@ class ModelFolder:
             with _opened(file) as tensors:
                 taken.update({name: take(tensors.get_tensor(name)) for name in stored})
         return taken
+
+
+class StoredWeights:
+    """Where a saved model has its layers' weights.
+
+    Parameters
+    ----------
+    path
+        Folder with safetensors.
+    model
+        That is stored there, or one of the same kind.
+    """
+
+    def __init__(self, path: Path, model: PreTrainedModel) -> None:
+        try:
+            self._folder: ModelFolder | None = ModelFolder(path, model)
+        except NotStreamable:
+            self._folder = None
+        self._read: tuple[str, Tensor, dict[str, Tensor]] | None = None
+
+    def parts(self, layer: PrunableLayer) -> list[dict[str, Any]]:
+        """The stored matrices whose rows, one after another, are the layer's.
+
+        Returns
+        -------
+        list of dict
+            "tensor" (a stored name), "index" (in that tensor; None for all of it) and "transposed"
+            (whether it is ``[inputs, outputs]``). Empty if transformers stores the weight in
+            another way.
+        """
+        fused = layer.fused
+        name = f"{layer.name}.weight" if fused is None else fused.name
+        lies = fused.transposed if fused is not None else not isinstance(layer.module, nn.Linear)
+        index = None if fused is None else layer.expert
+        source = None if self._folder is None else self._folder.source(name)
+        if source is None or source.converter is None:
+            stored = name if source is None else source.stored[0][1]
+            return [{"tensor": stored, "index": index, "transposed": lies}]
+        assert self._folder is not None
+        if self._read is None or self._read[0] != name:
+            self._read = name, self._folder.read(name), self._folder.read_stored(source)
+        whole, candidates = self._read[1:]
+        matrix = whole if index is None else whole[index]
+        return _found_in(matrix.T if lies else matrix, candidates, index)
+
+
+def _found_in(
+    matrix: Tensor, candidates: Mapping[str, Tensor], index: int | None
+) -> list[dict[str, Any]]:
+    """The candidates that, below one another, make up a matrix; none if they do not."""
+    found: list[dict[str, Any]] = []
+    at = 0
+    while at < len(matrix):
+        for name, tensor in candidates.items():
+            own = tensor[index] if tensor.ndim == 3 and index is not None else tensor
+            for transposed in (False, True):
+                part = own.T if transposed else own
+                rows = matrix[at : at + len(part)]
+                if len(part) and part.shape == rows.shape and torch.equal(part, rows):
+                    where = index if tensor.ndim == 3 else None
+                    found.append({"tensor": name, "index": where, "transposed": transposed})
+                    at += len(part)
+                    break
+            else:
+                continue
+            break
+        else:
+            return []
+    return found
 
 
 def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
-from .results import pattern_text, place, summed, with_error
+from .results import (
+    certified_text,
+    gap_text,
+    pattern_text,
+    place,
+    summed,
+    with_error,
+)
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -80,8 +87,9 @@ def html_report(record: dict[str, Any], times: dict[str, Any] | None = None) -> 
             "Certified gap by block and layer",
             "No mask of the pattern has a loss lower by more than this share, on the rows that "
             "were certified.",
-            lambda layers: summed(layers).gap,
+            lambda layers: summed(layers).gap if summed(layers).bounded else None,
         ),
+        f"<p>{escape(certified_text(record))}</p>" if certified_text(record) else "",
         _layers(record, times),
         _settings(record),
     ]
@@ -125,7 +133,7 @@ def _tiles(record: dict[str, Any], times: dict[str, Any]) -> str:
             tiles.append((f"{against['agreement']['mean']:.1%}", "same top token"))
         break
     if total.gap is not None:
-        tiles.append((f"{total.gap:.2%}", "gap at most, certified"))
+        tiles.append((total.gap_text, "gap at most, certified"))
     if times["seconds"]:
         tiles.append((_duration(times["seconds"]), "for the run"))
     inner = "".join(
@@ -261,7 +269,7 @@ def _layers(record: dict[str, Any], times: dict[str, Any]) -> str:
                 f"{layer['loss'] / reference:.3f}" if reference else "–",
                 f"{layer['relative_error']:.2%}",
                 *(_held_out(layer) if apart else []),
-                f"{certificate['gap']:.2%}" if certificate else "–",
+                gap_text(certificate) if certificate else "–",
                 layer["status"].lower().replace("_", " "),
                 "–" if seconds is None else f"{seconds:.2f}",
                 layer["note"],

@@ -138,8 +138,8 @@ def certificate_table(certificates: Sequence[LayerCertificate]) -> Table:
             one.name,
             str(len(one.rows)),
             f"{one.loss:.4g}",
-            f"{one.gap:.2%}{gap_margin}",
-            f"{one.mean_row_gap:.2%}{margin}",
+            "no bound" if one.says_nothing else f"{one.gap:.2%}{gap_margin}",
+            "" if one.says_nothing else f"{one.mean_row_gap:.2%}{margin}",
         )
     loss, bound = sum(one.loss for one in certificates), sum(one.bound for one in certificates)
     table.add_section()

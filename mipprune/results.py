@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solvers import InvalidInput
+from solvers import InvalidInput, checker
 from solvers.files import replaced_on_success
 
 from .checkpoint import MASKS_FILE, ORDER_FILE, RECORD_FILE, TIMINGS_FILE, write_json
@@ -171,6 +172,8 @@ class LayerSum:
         Summed loss over summed output energy.
     gap
         Summed certified loss minus bound, over that loss; None if no layer is certified.
+    bounded
+        Whether a certified layer has a bound that says something.
     """
 
     layers: int
@@ -181,6 +184,14 @@ class LayerSum:
     loss_reference: float
     relative_error: float
     gap: float | None
+    bounded: bool = False
+
+    @property
+    def gap_text(self) -> str:
+        """The gap, for people."""
+        if self.gap is None:
+            return "–"
+        return f"{self.gap:.2%}" if self.bounded else "no bound"
 
 
 def summed(layers: Sequence[dict[str, Any]]) -> LayerSum:
@@ -195,6 +206,7 @@ def summed(layers: Sequence[dict[str, Any]]) -> LayerSum:
     )
     certified = [layer["certificate"] for layer in layers if layer.get("certificate")]
     proven = sum(one["loss"] for one in certified)
+    known = [one for one in certified if not is_unbounded(one)]
     return LayerSum(
         layers=len(layers),
         weights=sum(sizes),
@@ -204,7 +216,40 @@ def summed(layers: Sequence[dict[str, Any]]) -> LayerSum:
         loss_reference=sum(layer["loss_reference"] for layer in layers),
         relative_error=loss / energy if energy else 0.0,
         gap=(proven - sum(one["bound"] for one in certified)) / abs(proven) if proven else None,
+        bounded=len(known) > 0,
     )
+
+
+def is_unbounded(certificate: dict[str, Any]) -> bool:
+    """Whether a certificate says nothing: a plain loss is above zero without it."""
+    plain = not any(one["linear"] for one in certificate.get("digests", []))
+    gap = math.inf if certificate["gap"] is None else certificate["gap"]
+    return bool(plain and certificate["bound"] <= 0 < gap)
+
+
+def gap_text(certificate: dict[str, Any]) -> str:
+    """A layer's certified gap, for people."""
+    if is_unbounded(certificate) or certificate["gap"] is None:
+        return "no bound"
+    return f"{certificate['gap']:.2%}"
+
+
+def certified_text(record: dict[str, Any]) -> str:
+    """How much of a model is certified, and between which gaps; empty if nothing is."""
+    layers = record["layers"]
+    found = [layer["certificate"] for layer in layers if layer.get("certificate")]
+    if not found:
+        return ""
+    gaps = [math.inf if one["gap"] is None else one["gap"] for one in found]
+    coverage = checker.coverage_text(
+        len(found),
+        len(layers),
+        sum(len(one["rows"]) for one in found),
+        sum(layer["rows"] for layer in layers),
+    )
+    about = checker.gaps_text(gaps, sum(map(is_unbounded, found)))
+    unproven = (record.get("certificate") or {}).get("not_proven", checker.NOT_PROVEN)
+    return f"Certified: {coverage}; gaps of layers: {about}. {unproven}"
 
 
 def by_kind(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -262,6 +307,7 @@ def model_card(record: dict[str, Any]) -> str:
         "Loss: squared change of a layer's output per token on the calibration text."
         + (_GAP if everything.gap is not None else ""),
         _layer_table({**by_kind(record), "all": record["layers"]}, everything.gap is not None),
+        certified_text(record),
         "## Use",
         "Weights are stored dense, with zeros: the model loads like any other, and is neither "
         "smaller nor faster by itself.",
@@ -336,7 +382,7 @@ def _layer_table(kinds: dict[str, list[dict[str, Any]]], certified: bool) -> str
         cells = [kind, f"{total.sparsity:.1%}", f"{total.loss:.4g}", ratio]
         cells.append(f"{total.relative_error:.2%}")
         if certified:
-            cells.append("–" if total.gap is None else f"{total.gap:.2%}")
+            cells.append(total.gap_text)
         rows.append(cells)
     return _markdown(rows)
 

@@ -43,13 +43,16 @@ def check(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a certified model.", show_default=False)
     ],
+    exact: Annotated[
+        bool, typer.Option("--exact", help="In ball arithmetic (pip install 'mipprune[exact]').")
+    ] = False,
 ) -> None:
     """Verify a folder's certificates from its files alone, apart from all solvers."""
     from ..certify import check_folder
 
-    verified = check_folder(folder)
-    rows = sum(count for count, _ in verified.values())
-    terminal.out.print(
-        f"{rows} rows of {len(verified)} layers verified; "
-        f"largest layer gap {max(gap for _, gap in verified.values()):.2%}."
-    )
+    checked = check_folder(folder, exact=exact)
+    terminal.out.print(str(checked), highlight=False, soft_wrap=True)
+    if checked.missing:
+        shown = ", ".join(checked.missing[:4]) + (", ..." if len(checked.missing) > 4 else "")
+        terminal.out.print(f"Without certificate: {shown}", markup=False, highlight=False)
+    terminal.out.print(checked.not_proven, highlight=False, soft_wrap=True)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ..certificate import Certificate
-from .cuts import Array
+from ..rounding import factorisation_error, gamma, proves_semidefinite
+from .cuts import FAMILIES, Array
 from .dual import Multipliers, projected
 from .program import BinaryProgram
 
@@ -66,23 +67,27 @@ class Witness:
 
     @classmethod
     def of(cls, program: BinaryProgram, multipliers: Multipliers) -> Witness:
-        """Find the least shift that can be verified."""
+        """Find the least shift that can be verified, by eigenvalues."""
         residual, _ = multipliers.residual(program)
-        return cls(multipliers, verified_shift(residual, program.normals()))
+        normals = program.normals()
+        least = max(0.0, -float(np.linalg.eigvalsh(projected(residual, normals))[0]))
+        return cls(multipliers, least + checkers_margin(program, multipliers, least))
 
     @classmethod
     def near(cls, program: BinaryProgram, multipliers: Multipliers) -> Witness:
         """For multipliers that are feasible but for rounding: no eigenvalues are needed.
 
-        The shift grows from the rounding guard until it is verified; it is least only if the
+        The shift grows from what the checker needs until it is verified; it is least only if the
         multipliers are feasible indeed.
         """
         residual, _ = multipliers.residual(program)
         normals = program.normals()
-        shift = 4 * rounding_guard(residual)
-        while not is_verified(residual, normals, shift):
-            shift *= 4
-        return cls(multipliers, shift)
+        least, margin = 0.0, checkers_margin(program, multipliers)
+        while not is_verified(residual, normals, least + margin / 2):
+            least = max(2 * margin, 4 * least)
+        if least > 0:
+            margin = checkers_margin(program, multipliers, least)
+        return cls(multipliers, least + margin)
 
     def bound(self, program: BinaryProgram) -> float:
         """The bound that the witness claims, less the rounding errors of computing it."""
@@ -98,15 +103,12 @@ class Witness:
 def certificate(
     row: int, mask: Array, program: BinaryProgram, witness: Witness, price: float | None = None
 ) -> Certificate:
-    """The witness of one row as the checker reads it.
-
-    The claim is lowered by what the checker's own rounding guard may differ.
-    """
+    """The witness of one row as the checker reads it."""
     multipliers = witness.multipliers
     return Certificate(
         row=row,
         mask=mask,
-        bound=witness.bound(program) - 1e-9 * program.size,
+        bound=witness.bound(program),
         offset=multipliers.offset,
         diagonal=multipliers.diagonal,
         family=multipliers.cuts.family.astype(np.int64),
@@ -115,6 +117,75 @@ def certificate(
         shift=witness.shift,
         price=price,
     )
+
+
+def checkers_margin(program: BinaryProgram, multipliers: Multipliers, shift: float = 0.0) -> float:
+    """How much more than the least shift makes `solvers.checker` accept a witness.
+
+    The checker tests ``T = N^T (C + shift I) N`` with ``N = [(1, x^) | e_i - e_l]`` for one allowed
+    x^ and an input l of each cell, and takes a guard off its diagonal for rounding. With a shift
+    that is larger by ``m`` than the least, ``T >= m N^T N``. Here, for ``z = (z_0, z')``, split x^
+    into its cells' means and a rest of squared length ``r = sum_g s_g (1 - s_g / size_g)``: with
+    ``a = 1 + sum_g s_g^2 / size_g``,
+
+        |N z|^2 >= a z_0^2 + (|z'| - sqrt(r) |z_0|)^2,
+
+    a form with determinant a and trace ``1 + a + r = 2 + ones``, hence with no eigenvalue below
+    ``a / (2 + ones)``. Without cells, N is the identity. The guard is the checker's with all inputs
+    in the place of x^, which no mask exceeds; four times as much also covers the eigenvalue's error
+    and the factorisation's.
+
+    Parameters
+    ----------
+    program, multipliers
+        Of the witness.
+    shift
+        Least shift.
+    """
+    magnitude, roundings = _magnitude(program, multipliers)
+    if not magnitude.any():
+        return 0.0  # nothing is computed, and nothing lost
+    magnitude[np.diag_indices(len(magnitude))] += shift
+    n, cells, least = len(magnitude), len(program.pruned), 1.0
+    error = gamma(roundings) * magnitude
+    if cells:
+        size = np.bincount(program.cell, minlength=cells)
+        least = (1 + float((program.pruned**2 / size).sum())) / (2 + program.ones)
+        rows = magnitude.sum(axis=1)
+        order = np.lexsort((rows[1:], program.cell))
+        leaders = order[np.concatenate([[0], np.cumsum(size)[:-1]])]
+        their = 1 + leaders[program.cell]
+        every = 1 + np.arange(program.inputs)
+        for _ in range(2):
+            first = magnitude.sum(axis=1)
+            magnitude = np.column_stack([first, magnitude[:, every] + magnitude[:, their]]).T
+        error = gamma(roundings) * magnitude
+        error[0] *= 1 + 2 * n / roundings
+        error[1:, 0] = error[0, 1:]
+    trace = float(np.trace(magnitude))
+    guard = float(np.linalg.norm(error)) + factorisation_error(n, trace)
+    guard += 8 * n**3 * (1 + trace) ** 2 * float(np.finfo(np.float64).tiny)  # underflow
+    return 4 * guard / least
+
+
+def _magnitude(program: BinaryProgram, multipliers: Multipliers) -> tuple[Array, int]:
+    """Sums of absolute values that make up C, and the most roundings of an entry."""
+    d, cuts = program.inputs, multipliers.cuts
+    i, j, k = cuts.index.T
+    c = np.abs(FAMILIES[cuts.family].T) * multipliers.cut_multiplier
+    at = np.concatenate([i * d + j, i * d + k, j * d + k])
+    half = np.bincount(at, np.concatenate([c[0], c[1], c[2]]) / 2, d * d).reshape(d, d)
+    single = np.concatenate([i, j, k])
+    found = np.zeros((d + 1, d + 1))
+    found[1:, 1:] = (
+        np.abs(program.quadratic) + half + half.T + np.diag(np.abs(multipliers.diagonal))
+    )
+    border = np.bincount(single, np.concatenate([c[3], c[4], c[5]]), d)
+    found[0, 1:] = (np.abs(program.linear) + np.abs(multipliers.diagonal) + border) / 2
+    found[1:, 0] = found[0, 1:]
+    found[0, 0] = abs(multipliers.offset)
+    terms = max(np.bincount(at, minlength=1).max(), np.bincount(single, minlength=1).max())
+    return found, 2 * int(terms) + 16
 
 
 def verified_shift(matrix: Array, normals: Array) -> float:
@@ -133,19 +204,16 @@ def verified_shift(matrix: Array, normals: Array) -> float:
 def is_verified(matrix: Array, normals: Array, shift: float) -> bool:
     """Whether a Cholesky factorisation proves ``matrix + shift I >= 0`` off the normals.
 
-    A floating-point factorisation that runs to its end proves semi-definiteness of a matrix
-    within `rounding_guard` of the one given (Rump, "Verification of positive definiteness",
-    2006); so that much is taken off beforehand.
+    `rounding_guard` is taken off beforehand, and what the factorisation itself may be off.
     """
     size = float(np.linalg.norm(matrix))
     if size == 0:
         return True
     tested = projected(matrix, normals) + size * (normals @ normals.T)
-    tested[np.diag_indices(len(tested))] += shift - rounding_guard(matrix)
-    return int(torch.linalg.cholesky_ex(torch.from_numpy(tested)).info) == 0
+    tested[np.diag_indices(len(tested))] += shift
+    return proves_semidefinite(torch.from_numpy(tested), rounding_guard(matrix))
 
 
 def rounding_guard(matrix: Array) -> float:
-    """More than projection and Cholesky factorisation lose to rounding, in the spectral norm."""
-    n = len(matrix)
-    return 16 * n * EPS * float(np.linalg.norm(matrix))
+    """More than `projected` loses to rounding, in the spectral norm."""
+    return gamma(8 * len(matrix)) * float(np.linalg.norm(matrix))

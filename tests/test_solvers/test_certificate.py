@@ -1,14 +1,23 @@
 import dataclasses
+import itertools
+import subprocess
+import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from helpers import KINDS, make_problem, optimum
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from solvers import NM, PerLayer, PerRow, solve
+from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, checker, solve
 from solvers.certificate import (
     CUTS,
+    Certificate,
     InvalidCertificate,
     check,
+    check_rows,
     load_certificates,
     save_certificates,
 )
@@ -40,6 +49,12 @@ def test_certificates_are_accepted_and_below_the_optimum(pattern, kind):
         assert verified.objective == pytest.approx(float(objective), rel=1e-12)
         assert verified.bound == pytest.approx(float(bound), abs=1e-8 * size)
         assert verified.bound <= optimum(problem.rows([verified.row])) + 1e-12 * size
+    for verified, exact in zip(
+        check(problem, solution.certificates),
+        check(problem, solution.certificates, exact=True),
+        strict=True,
+    ):
+        assert verified.bound <= exact.bound
 
 
 def test_files_hold_all_of_it(case, tmp_path):
@@ -94,6 +109,20 @@ def corrupted(certificate, name):
         return dataclasses.replace(
             c, family=c.family[keep], index=c.index[keep], multiplier=c.multiplier
         )
+    elif name == "family of floats":
+        return dataclasses.replace(c, family=c.family + 0.5)
+    elif name == "inputs negative":
+        c.index[strongest, 0] = -1
+    elif name == "multiplier a little negative":
+        c.multiplier[int(np.argmin(c.multiplier))] = -1e-18
+    elif name == "multipliers of single precision":
+        return dataclasses.replace(c, multiplier=c.multiplier.astype(np.float32))
+    elif name == "mask of numbers":
+        return dataclasses.replace(c, mask=c.mask.astype(np.int8))
+    elif name == "multiplier that overflows":
+        c.multiplier[strongest] = 1e300
+    elif name == "shift that overflows":
+        return dataclasses.replace(c, shift=1e308)
     elif name == "another row":
         return dataclasses.replace(c, row=(c.row + 1) % 3)
     elif name == "no such row":
@@ -120,13 +149,165 @@ def corrupted(certificate, name):
         "cut dropped",
         "another row",
         "no such row",
+        "family of floats",
+        "inputs negative",
+        "multiplier a little negative",
+        "multipliers of single precision",
+        "mask of numbers",
+        "multiplier that overflows",
+        "shift that overflows",
     ],
 )
-def test_planted_corruptions_are_rejected(case, name):
+@pytest.mark.parametrize("exact", [False, True])
+def test_planted_corruptions_are_rejected(case, name, exact):
     problem, certificates, _ = case
     wrong = corrupted(certificates[1], name)
     with pytest.raises(InvalidCertificate):
-        check(problem, [wrong])
+        check(problem, [wrong], exact=exact)
+    assert issubclass(InvalidCertificate, InvalidInput)
+
+
+def bare(mask, **witness):
+    """A certificate without cuts."""
+    none = {
+        "row": 0,
+        "diagonal": np.zeros(len(mask)),
+        "family": np.zeros(0, np.int64),
+        "index": np.zeros((0, 3), np.int64),
+        "multiplier": np.zeros(0),
+        "shift": 0.0,
+    }
+    return Certificate(mask=mask, **{**none, **witness})
+
+
+@pytest.mark.parametrize(("offset", "claim"), [(1e200, 9e199), (1e155, 0.9e155), (1e160, 7.0)])
+def test_numbers_that_overflow_the_factor_prove_nothing(offset, claim):
+    problem = make_problem(2, 8, PerRow(sparsity=0.5))
+    mask = np.arange(8) < 4
+    with pytest.raises(InvalidCertificate):
+        check(problem, [bare(mask, offset=offset, bound=claim)])
+    loss = float(problem.objective(torch.from_numpy(np.stack([mask, mask])))[0])
+    hidden = bare(
+        mask,
+        offset=0.9995 * loss,
+        bound=0.999 * loss,
+        family=np.zeros(1, np.int64),
+        index=np.array([[0, 1, 2]]),
+        multiplier=np.array([1e155]),
+    )
+    with pytest.raises(InvalidCertificate):
+        check(problem, [hidden])
+
+
+def test_the_checker_imports_nothing_of_the_project_and_runs_by_itself(tmp_path):
+    program = (
+        "import sys, runpy; sys.argv = ['checker.py', sys.argv[1]]\n"
+        f"try: runpy.run_path({checker.__file__!r}, run_name='__main__')\n"
+        "except SystemExit as end: code = end.code\n"
+        "taken = [name for name in sys.modules if name.split('.')[0] in "
+        "('torch', 'solvers', 'mipprune', 'scipy', 'safetensors')]\n"
+        "print(code, taken)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "1 []\n"
+    assert "There is no file" in found.stderr
+
+
+def least_shift(problem, certificate):
+    """The smallest shift with which the floating-point checker accepts a witness, or near it."""
+    high = 1e-30
+    while not accepted(problem, dataclasses.replace(certificate, shift=high)):
+        high *= 16
+        assume(high < 1e30)
+    low = high / 16
+    for _ in range(12):
+        middle = (low + high) / 2
+        good = accepted(problem, dataclasses.replace(certificate, shift=middle))
+        low, high = (low, middle) if good else (middle, high)
+    return high
+
+
+def accepted(problem, certificate):
+    try:
+        check(problem, [certificate])
+    except InvalidCertificate:
+        return False
+    return True
+
+
+def exact_optimum(problem):
+    """By enumeration, in fractions."""
+    weight = [Fraction(float(w)) for w in problem.weight[0].double()]
+    gram = [[Fraction(float(g)) for g in row] for row in problem.gram.double()]
+    d = len(weight)
+    best = None
+    for bits in itertools.product([0, 1], repeat=d):
+        if problem.pattern.is_feasible(torch.tensor([bits]) == 0):
+            on = [i for i in range(d) if bits[i]]
+            loss = sum(weight[i] * gram[i][j] * weight[j] for i in on for j in on)
+            best = loss if best is None else min(best, loss)
+    return best
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    d=st.sampled_from([4, 6]),
+    cell=st.booleans(),
+    rank=st.integers(1, 6),
+    spread=st.sampled_from([0, 3, 8]),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+def test_the_guard_is_enough(seed, d, cell, rank, spread, scale):
+    """Whatever floating point accepts, balls accept, and no mask is below it."""
+    random = np.random.default_rng(seed)
+    inputs = random.normal(size=(d, rank)) * 10.0 ** random.integers(-spread, spread + 1, (d, 1))
+    weight = torch.from_numpy(random.normal(size=(1, d)) * scale)
+    pattern = NM(1, 2) if cell else PerRow(keep=d // 2)
+    problem = MaskProblem(weight, torch.from_numpy(inputs @ inputs.T), pattern)
+    size = float(problem.scale()[0])
+    mask = pattern.round(torch.from_numpy(random.random((1, d))))[0].numpy()
+    cuts = int(random.integers(0, 6))
+    certificate = bare(
+        mask,
+        bound=-1e300,
+        offset=size * random.normal(),
+        diagonal=size * random.normal(size=d) * random.integers(0, 2),
+        family=random.integers(0, len(CUTS), cuts),
+        index=random.integers(0, d, (cuts, 3)),
+        multiplier=size * random.random(cuts),
+    )
+    found = dataclasses.replace(certificate, shift=least_shift(problem, certificate))
+    (verified,) = check(problem, [found])
+    claimed = dataclasses.replace(found, bound=verified.bound)
+    (exact,) = check(problem, [claimed], exact=True)
+    assert verified.bound <= exact.bound
+    assert Fraction(exact.bound) <= exact_optimum(problem)
+
+
+def test_margins_are_those_of_students_distribution():
+    for freedom, quantile in ((1, 12.7062), (2, 4.3027), (3, 3.1824), (7, 2.3646), (30, 2.0423)):
+        assert checker._quantile(freedom) == pytest.approx(quantile, abs=1e-4)
+    gaps = np.array([0.1, 0.2, 0.3])
+    assert checker.margin(gaps, 3) == 0.0
+    assert checker.margin(gaps[:1], 3) is None
+    assert checker.margin(gaps, 10**9) == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+
+
+def test_counts_are_the_checkers_own():
+    assert checker.cells({"kind": "per_row", "sparsity": 0.29, "keep": None}, 3, 100) == (100, 71)
+    assert checker.cells({"kind": "nm", "keep": 2, "group": 4}, 3, 8) == (4, 2)
+    assert checker.cells({"kind": "per_layer", "sparsity": 0.5, "keep": None}, 3, 5) == (15, 8)
+    for wrong in (
+        {"kind": "nm", "keep": 2, "group": 3},
+        {"kind": "per_row", "keep": 9},
+        {"kind": "per_row"},
+        {"kind": "linear"},
+    ):
+        with pytest.raises(checker.Refused):
+            checker.cells(wrong, 3, 8)
 
 
 def test_files_that_are_no_certificates_are_refused(case, tmp_path):
@@ -139,20 +320,24 @@ def test_files_that_are_no_certificates_are_refused(case, tmp_path):
 
 @pytest.fixture(scope="module")
 def layer():
-    problem = make_problem(4, 10, PerLayer(sparsity=0.6), seed=4)
+    problem = make_problem(3, 5, PerLayer(sparsity=0.6), seed=4)
     solution = solve(problem, "semidefinite", decompose=True)
     return problem, list(solution.certificates), solution
 
 
 def test_a_layer_with_one_budget_is_certified_by_its_rows(layer, tmp_path):
     problem, certificates, solution = layer
-    verified = check(problem, certificates)
-    assert sum(row.objective for row in verified) == pytest.approx(float(solution.objective.sum()))
-    total = sum(row.bound for row in verified)
-    assert total == pytest.approx(float(solution.bound.sum()), rel=1e-7)
+    (verified,) = check(problem, certificates)
+    assert verified.row is None
+    assert verified.objective == pytest.approx(float(solution.objective.sum()))
+    assert verified.bound == pytest.approx(float(solution.bound.sum()), rel=1e-7)
+    assert verified.bound <= optimum(problem)
+    assert verified.bound <= check(problem, certificates, exact=True)[0].bound
+    shares = check_rows(problem, certificates)
+    assert sum(row.bound for row in shares) == pytest.approx(verified.bound, rel=1e-14)
     assert len({c.price for c in certificates}) == 1
     save_certificates(tmp_path / "c.safetensors", certificates)
-    assert check(problem, load_certificates(tmp_path / "c.safetensors")) == verified
+    assert check(problem, load_certificates(tmp_path / "c.safetensors")) == [verified]
 
 
 def changed(certificates, name):
