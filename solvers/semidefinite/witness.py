@@ -26,7 +26,8 @@ class ConvexForm:
 
     ``P`` is positive semi-definite on the directions that keep every cell's sum, so this is a
     convex programme over the relaxed masks whose optimum is the semidefinite bound or better:
-    quadratic convex reformulation (Billionnet, Elloumi and Plateau 2009), with cuts.
+    quadratic convex reformulation (Billionnet, Elloumi and Plateau 2009), with cuts. What rounding
+    may have changed is taken off the constant.
     """
 
     quadratic: Array
@@ -43,10 +44,15 @@ class ConvexForm:
         quadratic[np.diag_indices(program.inputs)] -= multipliers.diagonal
         shift = verified_shift(quadratic, program.cell_normals())
         quadratic[np.diag_indices(program.inputs)] += shift
+        # What forming these numbers, and the program's own, may have lost at a binary x.
+        magnitude, roundings = _magnitude(program, multipliers)
+        size = float(magnitude.sum()) + abs(program.constant) + 2 * program.inputs * shift
         return cls(
             quadratic=quadratic,
             linear=program.linear - linear + multipliers.diagonal - shift,
-            constant=program.constant - constant,
+            constant=program.constant
+            - constant
+            - gamma(roundings + 2 * program.inputs + 8) * (size + abs(constant)),
         )
 
     def value(self, x: Array) -> float:

@@ -1,0 +1,60 @@
+"""Time limits are kept by every solver on every kind of problem, with whatever must be set up."""
+
+import time
+
+import pytest
+import torch
+from helpers import make_problem
+
+from solvers import NM, InvalidInput, Linear, PerLayer, PerRow, available, solve
+
+LIMIT = 2.0
+SOLVERS = [info.name for info in available() if info.unavailable is None and info.name != "dsnot"]
+PROBLEMS = {
+    "64 x 96": (64, 96, PerRow(sparsity=0.6)),
+    "24 x 96, 2:4": (24, 96, NM(2, 4)),
+    "16 x 1024": (16, 1024, PerRow(sparsity=0.6)),
+    "100 x 200, one budget": (100, 200, PerLayer(sparsity=0.6)),
+}
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return {name: make_problem(*parts, seed=1) for name, parts in PROBLEMS.items()}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_time_limit_is_kept(solver, name, problems):
+    problem = problems[name]
+    solve(make_problem(2, 8, PerRow(sparsity=0.5)), solver, time_limit=60)  # imports, compiles
+    began = time.perf_counter()
+    try:
+        solution = solve(problem, solver, time_limit=LIMIT)
+    except InvalidInput as refusal:  # for its size, which the sentence gives
+        assert any(word in str(refusal) for word in ("GiB", "inputs in relaxation"))  # noqa: PT017
+        solution = None
+    assert time.perf_counter() - began <= 2 * LIMIT + 2
+    if solution is not None and solution.bound is not None:
+        assert bool(torch.isfinite(solution.bound).all())
+        assert bool((solution.bound >= 0).all())  # what is free: no loss is negative
+
+
+@pytest.mark.parametrize("name", ["64 x 96", "100 x 200, one budget"])
+@pytest.mark.parametrize("solver", ["semidefinite", "branch_and_bound", "scip", "cvxpy"])
+def test_almost_no_time_is_time_enough_for_a_bound(solver, name, problems):
+    try:
+        solution = solve(problems[name], solver, time_limit=1e-6)
+    except InvalidInput:
+        pytest.skip("too large for this solver")
+    assert bool((solution.bound >= 0).all())
+    assert bool((solution.gap <= 1 + 1e-9).all())
+
+
+def test_whole_coefficients_of_any_size_keep_the_limit():
+    pattern = Linear([[1e12] * 10 + [1.0] * 10], -float("inf"), 2.0)
+    problem = make_problem(1, 20, pattern)
+    began = time.perf_counter()
+    solution = solve(problem, "branch_and_bound", time_limit=LIMIT)
+    assert time.perf_counter() - began <= 2 * LIMIT + 2
+    assert not bool(solution.mask[0, :10].any())
