@@ -34,8 +34,8 @@ spectral norm. The Cholesky factor R that is computed for a matrix A satisfies `
 with ``|F| <= gamma_{n+1} |R^T| |R|`` (Higham, theorem 10.3), so ``|F|_2 <= gamma_{n+1} |R|_F^2 <=
 gamma_{n+1} / (1 - gamma_{n+1}) trace(A)`` (Rump, Verification of positive definiteness, BIT 46,
 2006). If T less the sum of both (and of what underflow and this subtraction change) on its diagonal
-has a factor, and that factor is finite, T is positive semi-definite. With ``exact`` the same is
-done in ball arithmetic, without any of this (`checker_exact`).
+has a factor, and that factor is finite, T is positive semi-definite. With ``exact`` nothing of this
+is needed: what the factor leaves of T is computed in ball arithmetic (`checker_exact`).
 
 **The folder.** See `check_folder`; what files cannot prove, `NOT_PROVEN` says.
 """

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 _BITS = 256
-_BLOCK = 32
+_ATTEMPTS = 4
 
 Matrix = list[list[Any]]
 
@@ -112,40 +112,37 @@ def _columns(matrix: Matrix, chosen: list[int], pairs: list[tuple[int, int]]) ->
 
 
 def _is_semidefinite(matrix: Matrix) -> bool:
-    """Whether a symmetric matrix is shown to be, by Schur complements of blocks on its diagonal.
+    """Whether a symmetric matrix T is shown to be positive semi-definite.
 
-    Rows of exact zeros are left out; the rest is shown to be positive definite.
+    For any matrix L and number s, ``T = L L^T + s I + E`` with an E that is computed exactly here;
+    L L^T is semi-definite whatever L is, and ``s I + E`` is if the Frobenius norm of E is at most
+    s. That L comes from a factorisation of ``T - s I`` in floating point need not be trusted.
+    Rows of exact zeros are left out. (Elimination in balls would need thousands of bits: its radii
+    grow with every pivot.)
     """
     live = [i for i, row in enumerate(matrix) if not all(entry == 0 for entry in row)]
+    if not live:
+        return True
     rest = [[matrix[i][j] for j in live] for i in live]
-    while rest:
-        block = min(_BLOCK, len(rest))
-        corner = [row[:block] for row in rest[:block]]
-        if not _is_definite(corner):
+    rounded = np.array([[float(entry.mid()) for entry in row] for row in rest])
+    shift = float(np.finfo(np.float64).eps * np.abs(rounded.diagonal()).sum())
+    for _ in range(_ATTEMPTS):
+        if not np.isfinite(rounded).all() or not np.isfinite(shift):
             return False
-        if block == len(rest):
-            return True
-        below = arb_mat([row[:block] for row in rest[block:]])
         try:
-            solved = arb_mat(corner).solve(below.transpose())
-        except ZeroDivisionError:
+            factor = np.linalg.cholesky(rounded - shift * np.eye(len(live)))
+        except np.linalg.LinAlgError:
             return False
-        taken = (below * solved).tolist()
-        rest = [
-            [entry - less for entry, less in zip(row[block:], own, strict=True)]
-            for row, own in zip(rest[block:], taken, strict=True)
-        ]
-    return True
-
-
-def _is_definite(matrix: Matrix) -> bool:
-    """The same for a small matrix, by elimination: every pivot is positive."""
-    rows = [list(row) for row in matrix]
-    for k in range(len(rows)):
-        if not rows[k][k] > 0:
+        if not np.isfinite(factor).all():
             return False
-        for i in range(k + 1, len(rows)):
-            factor = rows[i][k] / rows[k][k]
-            for j in range(k + 1, len(rows)):
-                rows[i][j] -= factor * rows[k][j]
-    return True
+        left = arb_mat(factor.tolist())
+        product = (left * left.transpose()).tolist()
+        square = arb(0)
+        for i, (own, row) in enumerate(zip(product, rest, strict=True)):
+            for j in range(i):
+                square += 2 * (row[j] - own[j]) ** 2
+            square += (row[i] - own[i] - shift) ** 2
+        if square <= arb(shift) ** 2:
+            return True
+        shift = 1.25 * math.sqrt(float(square.upper()))
+    return False
