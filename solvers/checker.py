@@ -146,12 +146,21 @@ def cells(pattern: Mapping[str, Any], rows: int, d: int) -> tuple[int, int]:
         if (keep is None) == (sparsity is None):
             raise Refused("A pattern says either how many weights it keeps or its sparsity.")
         if keep is None:
-            keep = size - math.floor(size * float(sparsity or 0.0) + 1e-9)
+            keep = size - _removed(size, float(sparsity or 0.0))
     else:
         raise Refused(f"The pattern {kind!r} has no cells of fixed count.")
     if type(keep) is not int or type(size) is not int or not 0 <= keep <= size:
         raise Refused(f"A cell of {size} weights cannot keep {keep}.")
     return size, keep
+
+
+def _removed(size: int, sparsity: float) -> int:
+    """The whole number that is not above the decimal that the sparsity reads, times the size."""
+    if not 0 < sparsity < 1:
+        raise Refused(f"A sparsity is a share between 0 and 1, not {sparsity}.")
+    exact = Fraction(repr(sparsity)) * size
+    below = exact.numerator // exact.denominator
+    return below + (below + 1 - exact <= max(1e-9, 4e-16 * size))
 
 
 def violation(pattern: Mapping[str, Any], mask: Array) -> str | None:

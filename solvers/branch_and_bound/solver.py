@@ -158,7 +158,7 @@ class BranchAndBound(Solver):
             mask=mask,
             status=solution.status,
             bound=torch.tensor([solution.bound * unit], dtype=torch.float64, device=mask.device),
-            evidence=Evidence.CLAIMED,
+            evidence=solution.evidence,
             stats={"nodes": [solution.stats["nodes"]], "lmo_calls": solution.stats["lmo_calls"]},
             trace=[
                 TracePoint(

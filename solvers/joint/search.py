@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ from ..solution import Status
 from ..solver import Callback, Outcome, Progress, Search, Solver, warm_up
 from ..update import LeastSquares, updated_loss
 
-_CHUNK = 1 << 24
-"""Float64 entries of the tableaux held at once (128 MiB)."""
+_CHUNK = 1 << 23
+"""Float64 entries of the tableaux held at once (64 MiB)."""
+
+_SWAPS_PER_CALL = 8
+"""Swaps of a row between two looks at the clock."""
 
 
 @register
@@ -129,17 +133,22 @@ class Joint(Solver):
                 keep = mask[rows].numpy()
 
                 def improve(
-                    at: int, rows: slice = rows, tableaux: Tensor = tableaux, keep: object = keep
-                ) -> int:
-                    w = weight[rows][at].numpy()
-                    arguments = width, self.candidates, most, self.tolerance
-                    found: int = improve_row(tableaux[at].numpy(), w, keep[at], *arguments)  # type: ignore[index]
-                    return found
+                    at: int, rows: slice = rows, tableaux: Tensor = tableaux, keep: Any = keep
+                ) -> tuple[int, bool]:
+                    w, tableau, found = weight[rows][at].numpy(), tableaux[at].numpy(), 0
+                    while found < most and not clock.expired:
+                        step = min(_SWAPS_PER_CALL, most - found)
+                        arguments = width, self.candidates, step, self.tolerance
+                        made = improve_row(tableau, w, keep[at], *arguments)
+                        found += made
+                        if made < step:
+                            return found, True
+                    return found, False
 
-                counts = list(pool.map(improve, range(len(keep))))
+                counts, ended = zip(*pool.map(improve, range(len(keep))), strict=True)
                 mask[rows] = torch.from_numpy(keep)
                 swaps += sum(counts)
-                complete &= max(counts) < most
+                complete = complete and all(ended)
                 if callback is not None:
                     done = min(rows.stop, len(mask))
                     callback(Progress(done, len(mask), clock.seconds))
