@@ -226,14 +226,14 @@ class _Minorant:
         Since ``x_i^2 = x_i``, any multiple of ``sum x_i - x_i^2`` may be added.
         """
         inner = self.matrix if basis is None else basis.T @ self.matrix @ basis
-        if len(inner) == 0:
+        if not inner.any():
             return self
         # What restricting to an orthonormal basis may have changed.
         error = 16 * gamma(len(self.matrix) + 8) * float(np.linalg.norm(self.matrix))
         shift = max(0.0, error - float(np.linalg.eigvalsh(inner)[0]))
         eye = np.eye(len(inner))
         while not proves_semidefinite(torch.from_numpy(inner + shift * eye), error):
-            shift = 2 * shift + error
+            shift = 2 * shift + error + float(np.finfo(np.float64).tiny)
         return replace(
             self,
             matrix=self.matrix + shift * np.eye(len(self.matrix)),
