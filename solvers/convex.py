@@ -23,7 +23,7 @@ from .errors import InvalidInput
 from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
-from .rounding import gamma, proves_semidefinite
+from .rounding import gamma, least_shift, proves_semidefinite
 from .solution import Evidence, Status
 from .solver import Outcome, Search, Solver
 from .standing import Standing
@@ -230,10 +230,12 @@ class _Minorant:
             return self
         # What restricting to an orthonormal basis may have changed.
         error = 16 * gamma(len(self.matrix) + 8) * float(np.linalg.norm(self.matrix))
-        shift = max(0.0, error - float(np.linalg.eigvalsh(inner)[0]))
         eye = np.eye(len(inner))
-        while not proves_semidefinite(torch.from_numpy(inner + shift * eye), error):
-            shift = 2 * shift + error + float(np.finfo(np.float64).tiny)
+        shift = least_shift(
+            lambda s: proves_semidefinite(torch.from_numpy(inner + s * eye), error),
+            max(0.0, error - float(np.linalg.eigvalsh(inner)[0])),
+            error,
+        )
         return replace(
             self,
             matrix=self.matrix + shift * np.eye(len(self.matrix)),
