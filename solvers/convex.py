@@ -38,6 +38,9 @@ _SOLVER = {"qp": "CLARABEL", "sdp": "SCS"}
 _WIDEST = {False: 500, True: 200}
 """Inputs that "sdp" takes, without and with cuts: beyond, CVXPY alone needs minutes."""
 
+_SECONDS_AN_ENTRY = 5e-7
+"""What an entry of a quadratic form costs CVXPY before its solver begins, measured."""
+
 _SETTINGS: dict[str, dict[str, Any]] = {"SCS": {"eps_abs": 1e-6, "eps_rel": 1e-6}}
 
 _TIME_LIMIT = {
@@ -124,7 +127,7 @@ class Cvxpy(Solver):
         cells = isinstance(problem.pattern, CellPattern)
         evidence = Evidence.GUARDED if cells else Evidence.CLAIMED
         statuses = []
-        longest = 0.0
+        longest = _SECONDS_AN_ENTRY * len(units[0]) * problem.shape[1] ** 2
         for unit, rows in enumerate(units):
             share = clock.part(1 / (len(units) - unit))
             if clock.remaining <= longest:  # about what the next one takes, whatever its limit
