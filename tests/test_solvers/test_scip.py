@@ -207,9 +207,9 @@ def test_a_pattern_without_masks_is_refused():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"rel_gap": -1.0}, "rel_gap=-1.0 is negative"),
-        ({"node_limit": 0}, "node_limit=0 solves nothing"),
-        ({"threads": 0}, "threads=0 solves nothing"),
+        ({"rel_gap": -1.0}, r"rel_gap=-1\.0 must be a finite number of at least 0"),
+        ({"node_limit": 0}, "node_limit=0 must be a whole number of at least 1, or None"),
+        ({"threads": 0}, "threads=0 must be a whole number of at least 1"),
     ],
 )
 def test_senseless_options_are_refused(option, message):
