@@ -24,6 +24,7 @@ from .arrays import ArrayLike, matrix, truths
 from .errors import InvalidInput
 from .files import replaced_on_success
 from .pattern import Pattern
+from .rounding import negative_part
 
 _OBJECTIVE_CHUNK = 1 << 24
 """Entries of a float64 block of rows while an objective is computed (128 MiB)."""
@@ -102,6 +103,7 @@ class MaskProblem:
             )
         pattern.check((rows, d))
         self.pattern = pattern
+        self._negative_part: float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -188,7 +190,18 @@ class MaskProblem:
         """
         chosen = self._chosen(index).to(self.device)
         linear = None if self.linear is None else self.linear[chosen]
-        return self._derived(self.weight[chosen], self.gram, self.pattern, linear)
+        part = self._derived(self.weight[chosen], self.gram, self.pattern, linear)
+        part._negative_part = self._negative_part
+        return part
+
+    def negative_part(self) -> float:
+        """How far the Gram matrix is proven to be from positive semi-definite, see `rounding`.
+
+        In correlation form; 0 in all usual cases. Computed once.
+        """
+        if self._negative_part is None:
+            self._negative_part = negative_part(self.gram.double())
+        return self._negative_part
 
     def _chosen(self, index: int | slice | ArrayLike) -> Tensor:
         """The rows that an index names, long, or `InvalidInput`."""
@@ -226,6 +239,7 @@ class MaskProblem:
         """A problem from parts that an existing one has validated."""
         problem = cls.__new__(cls)
         problem.weight, problem.gram, problem.linear = weight, gram, linear
+        problem._negative_part = None
         pattern.check(problem.shape)
         problem.pattern = pattern
         return problem

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from .pattern import CellPattern
 from .problem import MaskProblem
-from .rounding import gamma, negative_part
+from .rounding import gamma
 
 
 def trivial_bound(problem: MaskProblem) -> Tensor:
     """A bound without any search, float64 ``[rows]``, or ``[1]`` where the rows share a budget.
 
-    With ``s`` the `negative_part` of the Gram matrix (0 where it is proven semi-definite),
+    With ``s`` the `MaskProblem.negative_part` (0 where it is proven semi-definite),
     ``q^T G q >= -s sum_j G_jj q_j^2``, so that a row costs at least the least allowed sum of
     ``l_j - s w_j^2 G_jj`` over what is pruned: 0 in all usual cases.
     """
-    shift = negative_part(problem.gram.double())
+    shift = problem.negative_part()
     cost = torch.zeros(problem.shape, dtype=torch.float64, device=problem.device)
     if problem.linear is not None:
         cost += problem.linear

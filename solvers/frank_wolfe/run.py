@@ -88,7 +88,9 @@ class Run:
         objective = self._kept_objective(mask)
         bound = evidence = None
         if self._lower is None:
-            bound = (value - gap - doubt_of(last, gradient, vertex)) * rows.unit
+            bound = (
+                value - gap - doubt_of(last, gradient, vertex, problem.negative_part())
+            ) * rows.unit
             bound = bound.sum().reshape(1) if problem.pattern.coupled else bound
             cells = isinstance(problem.pattern, CellPattern)
             evidence = Evidence.GUARDED if cells else Evidence.CLAIMED
