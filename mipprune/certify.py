@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, checker, solve
+from solvers import Evidence, InvalidInput, MaskProblem, Pattern, PerLayer, checker, solve
 from solvers.certificate import Certificate, InvalidCertificate, check_rows, save_certificates
 from solvers.clock import Clock
 from solvers.semidefinite.layer import fitted_price
@@ -69,6 +69,8 @@ class LayerCertificate:
     loss, bound
         Summed over these rows, by what masks were judged by; no mask of the pattern loses less
         than the bound on them (with a shared budget: that keeps as many weights in these rows).
+    evidence
+        What the bound rests on: "certified", by the witnesses in the files.
     gap, gap_margin
         ``(loss - bound) / |loss|``, and the half width of its 95 % confidence interval for the
         whole layer (ratio estimate; 0 for all rows, None for a single one).
@@ -95,6 +97,7 @@ class LayerCertificate:
     price: float | None
     digests: list[dict[str, str | None]]
     stored: list[dict[str, Any]]
+    evidence: str = Evidence.CERTIFIED.label
 
     @property
     def says_nothing(self) -> bool:
