@@ -23,7 +23,7 @@ from .errors import InvalidInput
 from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
-from .rounding import gamma, proves_semidefinite
+from .rounding import gamma, least_shift, proves_semidefinite
 from .solution import Evidence, Status
 from .solver import Outcome, Search, Solver
 from .standing import Standing
@@ -37,6 +37,9 @@ _SOLVER = {"qp": "CLARABEL", "sdp": "SCS"}
 
 _WIDEST = {False: 500, True: 200}
 """Inputs that "sdp" takes, without and with cuts: beyond, CVXPY alone needs minutes."""
+
+_SECONDS_AN_ENTRY = 5e-7
+"""What an entry of a quadratic form costs CVXPY before its solver begins, measured."""
 
 _SETTINGS: dict[str, dict[str, Any]] = {"SCS": {"eps_abs": 1e-6, "eps_rel": 1e-6}}
 
@@ -124,7 +127,7 @@ class Cvxpy(Solver):
         cells = isinstance(problem.pattern, CellPattern)
         evidence = Evidence.GUARDED if cells else Evidence.CLAIMED
         statuses = []
-        longest = 0.0
+        longest = _SECONDS_AN_ENTRY * len(units[0]) * problem.shape[1] ** 2
         for unit, rows in enumerate(units):
             share = clock.part(1 / (len(units) - unit))
             if clock.remaining <= longest:  # about what the next one takes, whatever its limit
@@ -230,10 +233,12 @@ class _Minorant:
             return self
         # What restricting to an orthonormal basis may have changed.
         error = 16 * gamma(len(self.matrix) + 8) * float(np.linalg.norm(self.matrix))
-        shift = max(0.0, error - float(np.linalg.eigvalsh(inner)[0]))
         eye = np.eye(len(inner))
-        while not proves_semidefinite(torch.from_numpy(inner + shift * eye), error):
-            shift = 2 * shift + error + float(np.finfo(np.float64).tiny)
+        shift = least_shift(
+            lambda s: proves_semidefinite(torch.from_numpy(inner + s * eye), error),
+            max(0.0, error - float(np.linalg.eigvalsh(inner)[0])),
+            error,
+        )
         return replace(
             self,
             matrix=self.matrix + shift * np.eye(len(self.matrix)),

@@ -309,9 +309,9 @@ class _Budget(CellPattern):
             return
         share = _as_share(self.sparsity)
         if share is None or not 0.0 < share < 1.0:
+            wrong = "no number" if share is None else "outside (0, 1)"
             raise InvalidInput(
-                f"Sparsity {self.sparsity!r} is no number in (0, 1); "
-                "it is the fraction of weights removed."
+                f"Sparsity {self.sparsity!r} is {wrong}; it is the fraction of weights removed."
             )
         object.__setattr__(self, "sparsity", share)
 

@@ -6,8 +6,13 @@ Numerical Algorithms, 2nd ed., section 3.1).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from .errors import InvalidInput
 
 UNIT_ROUNDOFF = 2.0**-53
 
@@ -81,9 +86,26 @@ def negative_part(gram: Tensor) -> float:
     correlation = gram * scale * scale[:, None]
     # Two roundings an entry, of entries that are about 1 at most; scale need not be exact.
     error = 4 * UNIT_ROUNDOFF * float(correlation.norm())
-    shift = 0.0
-    while not proves_semidefinite(correlation, error):
-        step = max(shift, 2 * (error + factorisation_error(d, float(d))))
-        correlation.diagonal().add_(step)
-        shift += step
+    eye = torch.eye(d, dtype=torch.float64, device=gram.device)
+    shift = least_shift(
+        lambda shift: proves_semidefinite(correlation + shift * eye, error),
+        0.0,
+        2 * (error + factorisation_error(d, float(d))),
+    )
     return shift * (1 + 1e-6)
+
+
+def least_shift(proven: Callable[[float], bool], first: float, step: float) -> float:
+    """The first of ``first``, and of numbers that grow from ``first + step``, that is proven.
+
+    Raises
+    ------
+    InvalidInput
+        If none is: the numbers overflow.
+    """
+    shift = first
+    while not proven(shift):
+        shift = 2 * shift + step + _TINY
+        if not math.isfinite(shift):
+            raise InvalidInput("The problem's numbers overflow; scale its weights or inputs.")
+    return shift

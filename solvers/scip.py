@@ -196,12 +196,12 @@ class Scip(Solver):
     ) -> _Answer:
         """Solve one program; ``x`` ``[weights]`` is where the plain relaxation is about least."""
         proven = -math.inf
-        if self._reformulates(part) and not clock.expired:
-            program, start, proven = self._reformulated(part, start, x, clock)
-        elif clock.remaining > _SECONDS_A_TERM * _terms(part):
-            program = _Program.of(part, start)
-        else:
+        if clock.remaining <= _SECONDS_A_TERM * _terms(part):
             return _Answer(start, [], Status.TIME_LIMIT, 0, clock.seconds)
+        if self._reformulates(part):
+            program, start, proven = self._reformulated(part, start, x, clock)
+        else:
+            program = _Program.of(part, start)
         known = [(proven, Evidence.GUARDED)]
         total = float(part.objective(start).sum())
         if total - proven <= self.rel_gap * abs(total):

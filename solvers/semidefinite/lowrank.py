@@ -280,6 +280,7 @@ class LowRank:
         self.evaluations = 0
         self._constant = summed.sum(dim=1) / 4 + rows.linear.sum(dim=1) / 2
         self.value = torch.zeros_like(loss)
+        self._begun = False
 
     @property
     def relaxed(self) -> Tensor:
@@ -288,8 +289,16 @@ class LowRank:
         return relaxed
 
     def round(self, iterations: int, clock: Clock | None = None) -> None:
-        """Minimise for fixed multipliers until the clock expires, then take the new ones."""
-        self._minimise(iterations, clock or Clock())
+        """Minimise for fixed multipliers, then take the new ones.
+
+        A round that the clock cuts short is taken back, but for the first: multipliers mean
+        something only near a minimum.
+        """
+        before, value = self._z, self.value
+        if not self._minimise(iterations, clock or Clock()) and self._begun:
+            self._z, self.value = before, value
+            return
+        self._begun = True
         self._balance = self._balance + self._rho[:, None, None] * self._imbalance(self._z)
         if len(self.cuts):
             self.cuts.multiplier = self.cuts.penalised(self._z, self.sigma, self.slack)
@@ -397,14 +406,19 @@ class LowRank:
             self.cuts.add_gradient(multiplier, z, half)
         return value, half
 
-    def _minimise(self, iterations: int, clock: Clock) -> None:
-        """L-BFGS on the spheres, all rows in step, each with its own step length."""
+    def _minimise(self, iterations: int, clock: Clock) -> bool:
+        """L-BFGS on the spheres, all rows in step, each with its own step length.
+
+        False if the clock cut it short.
+        """
         z = self._z
         value, half = self._evaluate(z)
         gradient = _tangent(z, 2 * half)
         moves: list[tuple[Tensor, Tensor, Tensor]] = []
+        complete = True
         for _ in range(iterations):
             if clock.expired:
+                complete = False
                 break
             direction = -_tangent(z, self._preconditioned(gradient, half, z, moves))
             slope = _inner(direction, gradient)
@@ -435,6 +449,7 @@ class LowRank:
             moves = [*moves[-_MEMORY + 1 :], (change, bend, inverse)]
             z, value, gradient = moved, new_value, new_gradient
         self._z, self.value = z, value.double() + self._constant
+        return complete
 
     def _preconditioned(
         self, gradient: Tensor, half: Tensor, z: Tensor, moves: list[tuple[Tensor, Tensor, Tensor]]

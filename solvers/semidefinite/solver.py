@@ -186,6 +186,7 @@ class Semidefinite(Solver):
                 ~standing.mask[rows],
                 standing.objective[rows],
                 clock=share,
+                end=clock,
                 rel_gap=self.rel_gap,
                 max_rounds=self.rounds,
                 least_gain=_LEAST_GAIN,
@@ -197,8 +198,6 @@ class Semidefinite(Solver):
                 standing.offer(rows, swapped.mask)
             for place, (row, result) in enumerate(zip(rows, batch.bounded, strict=True)):
                 if result is None:
-                    if not clock.expired:
-                        found.append(_prove_relaxation(standing, row))
                     continue
                 turn = share.part(1 / (len(rows) - place))
                 incumbent = Incumbent(problem.rows([place]), standing.mask[[row]], turn)

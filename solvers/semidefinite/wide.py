@@ -32,8 +32,8 @@ _STALL_ROUNDS = 6
 _NEWTON_STEPS = 12
 _NEWTON_FACTORS = 6
 """What a Newton step costs, in Cholesky factorisations."""
-_LAST_SHARE = 0.4
-"""Most of the time that is kept for the Newton steps."""
+_LAST_SHARES = (0.1, 0.4)
+"""Least and most of the time that is kept for the Newton steps."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def strengthen_batch(
     loss: Tensor,
     *,
     clock: Clock,
+    end: Clock,
     rel_gap: float,
     max_rounds: int,
     least_gain: float,
@@ -72,7 +73,9 @@ def strengthen_batch(
     pruned, loss
         The best x known, bool ``[rows, d]``, and what it costs, float64 ``[rows]``.
     clock
-        For all rows together.
+        For all rows together; what was found is proven even when it has expired.
+    end
+        When this one has expired, nothing more is proven.
     rel_gap
         Newton steps end when what they can still gain is less than a tenth of this share of the
         loss (but not below 1e-4 of it).
@@ -87,7 +90,8 @@ def strengthen_batch(
     count, d = rows.shape
     normals = rows.normals()
     newton = count * _NEWTON_STEPS * _newton_seconds(d, normals)
-    first = clock.part(1.0, max(clock.remaining - newton, (1 - _LAST_SHARE) * clock.remaining))
+    least, most = (share * clock.remaining for share in _LAST_SHARES)
+    first = clock.part(1.0, clock.remaining - min(max(newton, least), most))
     search = LowRank(rows, pruned, loss / rows.size, rank_for(d), seed)
     search.slack = _SLACK
     target = loss / rows.size
@@ -108,7 +112,7 @@ def strengthen_batch(
     for row in range(count):
         turn = clock.part(1 / (count - row))
         found.append(
-            None if clock.expired else _proven(problem, search, row, normals, rel_gap, turn, rounds)
+            None if end.expired else _proven(problem, search, row, normals, rel_gap, turn, rounds)
         )
     return Batch(found, search.relaxed)
 

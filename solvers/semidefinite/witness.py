@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..certificate import Certificate
-from ..rounding import factorisation_error, gamma, proves_semidefinite
+from ..rounding import factorisation_error, gamma, least_shift, proves_semidefinite
 from .cuts import FAMILIES, Array
 from .dual import Multipliers, projected
 from .program import BinaryProgram
@@ -88,9 +88,10 @@ class Witness:
         """
         residual, _ = multipliers.residual(program)
         normals = program.normals()
-        least, margin = 0.0, checkers_margin(program, multipliers)
-        while not is_verified(residual, normals, least + margin / 2):
-            least = max(2 * margin, 4 * least)
+        margin = checkers_margin(program, multipliers)
+        least = least_shift(
+            lambda shift: is_verified(residual, normals, shift + margin / 2), 0.0, 2 * margin
+        )
         if least > 0:
             margin = checkers_margin(program, multipliers, least)
         return cls(multipliers, least + margin)
@@ -201,10 +202,10 @@ def verified_shift(matrix: Array, normals: Array) -> float:
     """
     restricted = projected(matrix, normals)
     least = float(np.linalg.eigvalsh(restricted)[0])
-    shift = max(0.0, -least) + 4 * rounding_guard(matrix)
-    while not is_verified(matrix, normals, shift):
-        shift = 2 * shift + rounding_guard(matrix)
-    return shift
+    guard = rounding_guard(matrix)
+    return least_shift(
+        lambda shift: is_verified(matrix, normals, shift), max(0.0, -least) + 4 * guard, guard
+    )
 
 
 def is_verified(matrix: Array, normals: Array, shift: float) -> bool:

@@ -161,7 +161,7 @@ def test_what_it_cannot_do_is_said():
     row = make_problem(1, 6, PerRow(sparsity=0.5))
     with pytest.raises(InvalidInput, match=r"cannot do 0\.5 sparsity per layer over 2 rows; take"):
         solve(layer, "cvxpy", relaxation="sdp")
-    with pytest.raises(InvalidInput, match="neither qp nor sdp"):
+    with pytest.raises(InvalidInput, match="'lp' must be"):
         solve(row, "cvxpy", relaxation="lp")
     with pytest.raises(InvalidInput, match="cuts belong to relaxation 'sdp'"):
         solve(row, "cvxpy", cuts=True)

@@ -204,9 +204,9 @@ def test_that_nothing_is_feasible_is_not_believed_against_a_mask():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"rel_gap": -1.0}, "rel_gap=-1.0 is negative"),
-        ({"node_limit": 0}, "node_limit=0 solves nothing"),
-        ({"threads": 0}, "threads=0 solves nothing"),
+        ({"rel_gap": -1.0}, "rel_gap=-1.0 must be"),
+        ({"node_limit": 0}, "node_limit=0 must be"),
+        ({"threads": 0}, "threads=0 must be"),
     ],
 )
 def test_senseless_options_are_refused(option, message):
