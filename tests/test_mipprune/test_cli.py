@@ -355,8 +355,8 @@ PRUNE = ["prune", "embedded", "--out", "OUT"]
     [
         ([*PRUNE], "either --sparsity"),
         ([*PRUNE, "--sparsity", "0.5", "--pattern", "2:4"], "either --sparsity"),
-        ([*PRUNE, "--sparsity", "1.0"], "(0, 1)"),
-        ([*PRUNE, "--sparsity", "0"], "(0, 1)"),
+        ([*PRUNE, "--sparsity", "1.0"], "outside (0, 1)"),
+        ([*PRUNE, "--sparsity", "0"], "outside (0, 1)"),
         ([*PRUNE, "--pattern", "4:4"], "kept number must be in 1..3"),
         ([*PRUNE, "--pattern", "1:5"], "divisible by 5"),
         ([*PRUNE, "--pattern", "2:4", "--scope", "layer"], "has no scope"),
