@@ -154,13 +154,7 @@ class Solver(ABC):
             raise InvalidInput(reason)
         self.prepare(problem.device)
         clock = Clock(time_limit)
-        if start is not None:
-            start = problem.as_mask(start)
-            violation = problem.pattern.violation(start)
-            if violation is not None:
-                raise InvalidInput(f"The start does not follow the pattern: {violation}.")
-        elif self.needs_start:
-            raise InvalidInput(f"Solver '{self.name}' needs a start: a mask or a solver's name.")
+        start = self._checked_start(problem, start)
         search = Search(problem, start, clock, checked_seed(seed), callback)
         outcome = self._search(search)
         seconds = clock.seconds
@@ -186,6 +180,17 @@ class Solver(ABC):
             trace=tuple(outcome.trace),
             certificates=tuple(outcome.certificates),
         )
+
+    def _checked_start(self, problem: MaskProblem, start: Tensor | None) -> Tensor | None:
+        """A start that follows the pattern; None where none is given and none is needed."""
+        if start is not None:
+            start = problem.as_mask(start)
+            violation = problem.pattern.violation(start)
+            if violation is not None:
+                raise InvalidInput(f"The start does not follow the pattern: {violation}.")
+        elif self.needs_start:
+            raise InvalidInput(f"Solver '{self.name}' needs a start: a mask or a solver's name.")
+        return start
 
     def _bounded(
         self, problem: MaskProblem, objective: Tensor, outcome: Outcome

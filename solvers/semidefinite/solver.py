@@ -185,11 +185,9 @@ class Semidefinite(Solver):
                 problem,
                 ~standing.mask[rows],
                 standing.objective[rows],
-                clock=share,
-                end=clock,
+                self._effort(share),
+                clock,
                 rel_gap=self.rel_gap,
-                max_rounds=self.rounds,
-                least_gain=_LEAST_GAIN,
                 seed=seed,
             )
             if not clock.expired:

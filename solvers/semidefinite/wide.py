@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..clock import Clock
 from ..problem import MaskProblem
-from .ascent import Bounded
+from .ascent import Bounded, Effort
 from .barrier import feasible_lengths
 from .cuts import FAMILIES
 from .dual import Iterate, Multipliers, projected
@@ -56,12 +56,10 @@ def strengthen_batch(
     problem: MaskProblem,
     pruned: Tensor,
     loss: Tensor,
-    *,
-    clock: Clock,
+    effort: Effort,
     end: Clock,
+    *,
     rel_gap: float,
-    max_rounds: int,
-    least_gain: float,
     seed: int = 0,
 ) -> Batch:
     """Bounds for all rows of a problem, solved side by side.
@@ -72,49 +70,58 @@ def strengthen_batch(
         Rows that do not share a budget, on any device.
     pruned, loss
         The best x known, bool ``[rows, d]``, and what it costs, float64 ``[rows]``.
-    clock
-        For all rows together; what was found is proven even when it has expired.
+    effort
+        Limits for all rows together, and when to stop: six rounds move no row's value by the
+        least share of its gap. What was found is proven even when the clock has expired.
     end
         When this one has expired, nothing more is proven.
     rel_gap
         Newton steps end when what they can still gain is less than a tenth of this share of the
         loss (but not below 1e-4 of it).
-    max_rounds
-        Most rounds.
-    least_gain
-        Stop when six rounds move no row's value by this share of its gap.
     seed
         Of the vectors at the start.
     """
     rows = Rows.of(problem)
     count, d = rows.shape
     normals = rows.normals()
-    newton = count * _NEWTON_STEPS * _newton_seconds(d, normals)
-    least, most = (share * clock.remaining for share in _LAST_SHARES)
-    first = clock.part(1.0, clock.remaining - min(max(newton, least), most))
+    first = _before_proofs(effort.clock, count * _NEWTON_STEPS * _newton_seconds(d, normals))
     search = LowRank(rows, pruned, loss / rows.size, rank_for(d), seed)
-    search.slack = _SLACK
-    target = loss / rows.size
-    values: list[Tensor] = []
-    rounds = 0
-    while rounds < max_rounds and not first.expired:
-        search.round(max(_LEAST_ITERATIONS, d // 40), first)
-        rounds += 1
-        values.append(search.value)
-        if len(values) > _PLAIN_ROUNDS + _STALL_ROUNDS:
-            moved = (values[-1] - values[-1 - _STALL_ROUNDS]).abs()
-            if bool((moved <= least_gain * (target - values[-1]).abs()).all()):
-                break
-        if rounds >= _PLAIN_ROUNDS and rounds < max_rounds:
-            search.sigma = min(32.0, _SIGMA / d) * search.unit
-            search.separate(10 * d)
+    rounds = _search(search, loss / rows.size, effort, first)
     found: list[Bounded | None] = []
     for row in range(count):
-        turn = clock.part(1 / (count - row))
+        turn = effort.clock.part(1 / (count - row))
         found.append(
             None if end.expired else _proven(problem, search, row, normals, rel_gap, turn, rounds)
         )
     return Batch(found, search.relaxed)
+
+
+def _before_proofs(clock: Clock, newton: float) -> Clock:
+    """The time left but for what the Newton steps need."""
+    if math.isinf(clock.remaining):
+        return clock
+    least, most = (share * clock.remaining for share in _LAST_SHARES)
+    return clock.part(1.0, clock.remaining - min(max(newton, least), most))
+
+
+def _search(search: LowRank, target: Tensor, effort: Effort, clock: Clock) -> int:
+    """Rounds of the low-rank method; how many."""
+    search.slack = _SLACK
+    d = search.rows.shape[1]
+    values: list[Tensor] = []
+    rounds = 0
+    while rounds < effort.max_rounds and not clock.expired:
+        search.round(max(_LEAST_ITERATIONS, d // 40), clock)
+        rounds += 1
+        values.append(search.value)
+        if len(values) > _PLAIN_ROUNDS + _STALL_ROUNDS:
+            moved = (values[-1] - values[-1 - _STALL_ROUNDS]).abs()
+            if bool((moved <= effort.least_gain * (target - values[-1]).abs()).all()):
+                break
+        if rounds >= _PLAIN_ROUNDS and rounds < effort.max_rounds:
+            search.sigma = min(32.0, _SIGMA / d) * search.unit
+            search.separate(10 * d)
+    return rounds
 
 
 def rank_for(d: int) -> int:

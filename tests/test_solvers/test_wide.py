@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from solvers import NM, InvalidInput, MaskProblem, PerRow, solve
 from solvers.certificate import check
 from solvers.clock import Clock
+from solvers.semidefinite.ascent import Effort
 from solvers.semidefinite.barrier import feasible_lengths
 from solvers.semidefinite.cuts import Cuts
 from solvers.semidefinite.lowrank import ActiveCuts, LowRank, Rows
@@ -167,11 +168,9 @@ def test_without_time_nothing_is_bounded():
         problem,
         pruned,
         problem.objective(~pruned),
-        clock=Clock(1e-9),
-        end=Clock(1e-9),
+        Effort(50, Clock(1e-9), least_gain=0.02, triangles_above=0.0),
+        Clock(1e-9),
         rel_gap=1e-4,
-        max_rounds=50,
-        least_gain=0.02,
     )
     assert batch.bounded == [None, None]
 
