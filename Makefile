@@ -45,6 +45,8 @@ format: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -c "import solvers; print('Compiled what', len(solvers.prepare()), \
+		'solvers need; no later run waits for it.')"
 	touch $@
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt

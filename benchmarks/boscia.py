@@ -35,6 +35,7 @@ def figures(solution: HullSolution) -> dict[str, Any]:
     return {
         "objective": solution.objective,
         "bound": solution.bound,
+        "evidence": solution.evidence.label,
         "status": solution.status.name,
         **{name: solution.stats[name] for name in counts},
         "seconds": round(solution.stats["time"], 3),

@@ -35,11 +35,13 @@ def solve_row(problem: MaskProblem, solver: str, time_limit: float) -> dict[str,
     options = {"reformulation": False} if solver == "scip" else {}  # scip alone
     solution = solve(problem, solver, rel_gap=1e-4, time_limit=time_limit, **options)
     assert solution.gap is not None
+    assert solution.evidence is not None
     nodes = solution.stats["nodes"]
     return {
         "seconds": time.perf_counter() - began,
         "objective": float(solution.objective),
         "gap": float(solution.gap),
+        "evidence": solution.evidence.label,
         "status": solution.status.name,
         "nodes": nodes if isinstance(nodes, int) else int(sum(nodes)),
     }

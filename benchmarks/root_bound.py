@@ -25,12 +25,14 @@ def bound_row(problem: MaskProblem, seconds: float, best: float | None) -> dict[
     began = time.perf_counter()
     solution = solve(problem, "semidefinite", row_seconds=seconds)
     assert solution.bound is not None
+    assert solution.evidence is not None
     loss = float(solution.objective) if best is None else min(best, float(solution.objective))
     return {
         "seconds": time.perf_counter() - began,
         "loss": float(solution.objective),
         "best": loss,
         "bound": float(solution.bound),
+        "evidence": solution.evidence.label,
         "gap": (loss - float(solution.bound)) / loss,
     }
 

@@ -33,12 +33,14 @@ def run(problem: MaskProblem, reformulation: bool, time_limit: float) -> dict[st
     began, computed = time.perf_counter(), time.process_time()
     solution = solve(problem, "scip", reformulation=reformulation, time_limit=time_limit)
     assert solution.bound is not None
+    assert solution.evidence is not None
     loss, bound = float(solution.objective.sum()), float(solution.bound.sum())
     return {
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - computed,
         "objective": loss,
         "gap": (loss - bound) / loss,
+        "evidence": solution.evidence.label,
         "status": solution.status.name,
         "nodes": solution.stats["nodes"],
     }

@@ -169,6 +169,7 @@ def proof(windows: Windows, seconds: float) -> dict[str, Any]:
         "seconds_per_block": seconds,
         "losses": losses,
         "gaps": [one.gap for one in report.layers],
+        "evidence": [one.evidence for one in report.layers],
         "status": [one.status for one in report.layers],
     }
 

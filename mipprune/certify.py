@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers import InvalidInput, MaskProblem, Pattern, PerLayer, checker, solve
+from solvers import Evidence, InvalidInput, MaskProblem, Pattern, PerLayer, checker_folder, solve
 from solvers.certificate import Certificate, InvalidCertificate, check_rows, save_certificates
+from solvers.checker import Refused, Row
 from solvers.clock import Clock
 from solvers.semidefinite.layer import fitted_price
 
@@ -69,6 +70,8 @@ class LayerCertificate:
     loss, bound
         Summed over these rows, by what masks were judged by; no mask of the pattern loses less
         than the bound on them (with a shared budget: that keeps as many weights in these rows).
+    evidence
+        What the bound rests on: "certified", by the witnesses in the files.
     gap, gap_margin
         ``(loss - bound) / |loss|``, and the half width of its 95 % confidence interval for the
         whole layer (ratio estimate; 0 for all rows, None for a single one).
@@ -95,6 +98,7 @@ class LayerCertificate:
     price: float | None
     digests: list[dict[str, str | None]]
     stored: list[dict[str, Any]]
+    evidence: str = Evidence.CERTIFIED.label
 
     @property
     def says_nothing(self) -> bool:
@@ -146,11 +150,7 @@ def certify(
     folder = Path(folder)
     record = read_record(folder)
     settings = record["settings"]
-    if record.get("kind") == "shrink":
-        raise InvalidInput(
-            f"{folder} holds a model made smaller, without masks to certify; its record has the "
-            "gap of a solver that proves one (mipprune shrink --solver branch_and_bound)."
-        )
+    _must_have_masks(folder, record)
     patterns = _patterns(record)
     if rows is not None and rows < 1:
         raise InvalidInput(f"{rows} rows certify nothing; give at least 1.")
@@ -222,15 +222,15 @@ def certify(
         "model": settings.get("model"),
         "calibration": {"source": windows.source, "sha256": windows.digest},
         "environment": versions,
-        "not_proven": checker.NOT_PROVEN,
+        "not_proven": checker_folder.NOT_PROVEN,
     }
     write_json(folder / RECORD_FILE, record)
     write_results(folder, record)
     return results
 
 
-def check_folder(folder: str | Path, *, exact: bool = False) -> checker.Checked:
-    """Verify a certified folder from its files alone, see `solvers.checker.check_folder`.
+def check_folder(folder: str | Path, *, exact: bool = False) -> checker_folder.Checked:
+    """Verify a certified folder from its files alone, see `solvers.checker_folder.check_folder`.
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ def check_folder(folder: str | Path, *, exact: bool = False) -> checker.Checked:
 
     Returns
     -------
-    solvers.checker.Checked
+    solvers.checker_folder.Checked
         By layer: rows verified, and the gap proven for their summed loss; and the coverage.
 
     Raises
@@ -249,13 +249,21 @@ def check_folder(folder: str | Path, *, exact: bool = False) -> checker.Checked:
     InvalidInput
         If there are none, or one of them does not prove what it claims; it names the layer.
     """
-    read_record(folder)
+    _must_have_masks(folder, read_record(folder))
     try:
-        return checker.check_folder(folder, exact)
-    except checker.Refused as refused:
+        return checker_folder.check_folder(folder, exact)
+    except Refused as refused:
         raise InvalidCertificate(str(refused)) from None
     except ModuleNotFoundError as error:
         raise InvalidInput(str(error)) from None
+
+
+def _must_have_masks(folder: str | Path, record: dict[str, Any]) -> None:
+    if record.get("kind") == "shrink":
+        raise InvalidInput(
+            f"{folder} holds a model made smaller, without masks to certify; its record has the "
+            "gap of a solver that proves one (mipprune shrink --solver branch_and_bound)."
+        )
 
 
 def _patterns(record: dict[str, Any]) -> dict[str, Pattern]:
@@ -336,7 +344,7 @@ def _certify_layer(
     seed: int,
 ) -> LayerCertificate:
     """Bound some rows of a layer's groups, write their certificates, and sum up."""
-    proven: list[checker.Row] = []
+    proven: list[Row] = []
     price = None
     digests = []
     groups = row_slices(len(mask), len(problems))
@@ -350,14 +358,14 @@ def _certify_layer(
         part.save(problem_file)
         save_certificates(certificates_file, certificates)
         proven += check_rows(part, certificates)
-        digests.append(checker.read_problem(problem_file)[1])
+        digests.append(checker_folder.read_problem(problem_file)[1])
     return LayerCertificate(
         name=files.layer,
         rows=chosen,
         price=price,
         digests=digests,
         stored=files.stored,
-        **checker.estimates(proven, len(mask)),  # type: ignore[arg-type]
+        **checker_folder.estimates(proven, len(mask)),  # type: ignore[arg-type]
     )
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from solvers import (
+    Evidence,
     InvalidInput,
     MaskProblem,
     MaskSolution,
@@ -25,6 +27,7 @@ from solvers import (
 )
 from solvers.clock import Clock
 from solvers.saliency import Saliency
+from solvers.solution import ABSOLUTE_GAP, relative_gap
 
 from .environment import environment
 
@@ -40,7 +43,8 @@ class Comparison:
     """What several solvers made of one problem.
 
     Numbers come per *unit*, which is what has a budget of its own: a row, or all rows together
-    if they share one (then only the sum of a solver's bounds means anything).
+    if they share one. Differences below `solvers.solution.ABSOLUTE_GAP` of a unit's scale are
+    none, so that a loss of zero has a gap.
 
     Attributes
     ----------
@@ -48,6 +52,8 @@ class Comparison:
         What was asked for, and of which machine.
     pattern
         The problem's.
+    scale
+        `MaskProblem.scale` of every unit, float64 ``[units]``.
     solutions
         By solver, in the order asked for.
     refused
@@ -57,30 +63,33 @@ class Comparison:
     settings: dict[str, Any]
     environment: dict[str, Any]
     pattern: Pattern
+    scale: Tensor
     solutions: dict[str, MaskSolution]
     refused: dict[str, str]
 
     def loss(self, solver: str) -> Tensor:
         """Loss of a solver's mask, float64 ``[units]``."""
-        return self._units(self.solutions[solver].objective)
+        loss = self.solutions[solver].objective
+        return loss.sum().reshape(1) if self.pattern.coupled else loss
 
     def bound(self, solver: str) -> Tensor:
         """A solver's own bound, float64 ``[units]``; NaN where it has none."""
         bound = self.solutions[solver].bound
-        if bound is None:
-            return torch.full_like(self.loss(solver), torch.nan)
-        bound = self._units(bound)
-        return bound.where(bound.isfinite(), torch.nan)
+        return torch.full_like(self.scale, torch.nan) if bound is None else bound
+
+    def evidence(self, solver: str) -> Evidence | None:
+        """What a solver's own bound rests on; None if it has none."""
+        return self.solutions[solver].evidence
 
     def gap(self, solver: str) -> Tensor:
         """``(loss - best_bound) / |loss|``, float64 ``[units]``; NaN without any bound."""
-        return _relative(self.loss(solver), self.best_bound)
+        return relative_gap(self.loss(solver), self.best_bound, self.scale)
 
     def ratio(self, solver: str) -> Tensor:
         """Loss relative to the best found, 1 being the best, float64 ``[units]``."""
         best = self.best_loss
         excess = self.loss(solver) - best
-        return 1 + torch.where(excess == 0, 0.0, excess / best.abs())
+        return 1 + torch.where(excess <= ABSOLUTE_GAP * self.scale, 0.0, excess / best.abs())
 
     @property
     def best_loss(self) -> Tensor:
@@ -91,18 +100,20 @@ class Comparison:
     def best_bound(self) -> Tensor:
         """Best bound of any solver that no mask refutes, float64 ``[units]``; NaN without one.
 
-        Never above `best_loss`: what rounding leaves above it is cut off.
+        Of those that only rounding tells apart, the one with the strongest evidence. Never above
+        `best_loss`: what rounding leaves above it is cut off.
         """
-        best = torch.full_like(self.best_loss, torch.nan)
-        for solver in self.solutions:
-            bound = self.bound(solver).masked_fill(self._refuted(solver), torch.nan)
-            best = torch.fmax(best, bound)
-        return torch.minimum(best, self.best_loss)
+        return self._best[0]
+
+    @property
+    def best_evidence(self) -> list[Evidence | None]:
+        """What each of `best_bound` rests on; None without one."""
+        return self._best[1]
 
     @property
     def best_gap(self) -> Tensor:
         """Gap of the best mask of each unit, float64 ``[units]``; NaN without any bound."""
-        return _relative(self.best_loss, self.best_bound)
+        return relative_gap(self.best_loss, self.best_bound, self.scale)
 
     @property
     def refuted(self) -> dict[str, int]:
@@ -113,26 +124,31 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready record, without the masks themselves. NaN stands for "no bound"."""
         return {
-            "format": 1,
+            "format": 2,
             "settings": self.settings,
             "environment": self.environment,
             "gaps_are_per": "layer" if self.pattern.coupled else "row",
             "best": {
                 "objective": self.best_loss.tolist(),
                 "bound": self.best_bound.tolist(),
+                "evidence": [_name(evidence) for evidence in self.best_evidence],
                 "gap": self.best_gap.tolist(),
             },
             "solvers": {solver: self._solver_to_dict(solver) for solver in self.solutions},
             "refused": self.refused,
-            "refuted": self.refuted,
+            "refuted": {
+                solver: {"units": count, "evidence": _name(self.evidence(solver))}
+                for solver, count in self.refuted.items()
+            },
         }
 
     def _solver_to_dict(self, solver: str) -> dict[str, Any]:
         solution = self.solutions[solver]
-        own_gap = _relative(self.loss(solver), self.bound(solver))
+        own_gap = relative_gap(self.loss(solver), self.bound(solver), self.scale)
         return {
             "objective": solution.objective.tolist(),
             "bound": None if solution.bound is None else solution.bound.tolist(),
+            "evidence": _name(solution.evidence),
             "gap": self.gap(solver).tolist(),
             "own_gap": None if solution.bound is None else own_gap.tolist(),
             "status": solution.status.name,
@@ -141,12 +157,32 @@ class Comparison:
             "trace": [asdict(point) for point in solution.trace],
         }
 
+    @cached_property
+    def _best(self) -> tuple[Tensor, list[Evidence | None]]:
+        """`best_bound` and `best_evidence`."""
+        none = torch.full_like(self.best_loss, torch.nan)
+        credible = {
+            solver: self.bound(solver).masked_fill(self._refuted(solver), torch.nan)
+            for solver in self.solutions
+        }
+        bound = none
+        for own in credible.values():
+            bound = torch.fmax(bound, own)
+        near = bound - ABSOLUTE_GAP * self.scale
+        evidence: list[Evidence | None] = [None] * len(bound)
+        for kind in reversed(Evidence):  # the strongest comes last, and stays
+            best = none
+            for solver, own in credible.items():
+                if self.evidence(solver) is kind:
+                    best = torch.fmax(best, own)
+            reached = best >= near
+            bound = best.where(reached, bound)
+            evidence = [kind if r else old for r, old in zip(reached, evidence, strict=True)]
+        return torch.minimum(bound, self.best_loss), evidence
+
     def _refuted(self, solver: str) -> Tensor:
         best = self.best_loss
-        return self.bound(solver) - best > _REFUTED * best.abs()
-
-    def _units(self, values: Tensor) -> Tensor:
-        return values.sum().reshape(1) if self.pattern.coupled else values
+        return self.bound(solver) - best > _REFUTED * best.abs() + ABSOLUTE_GAP * self.scale
 
 
 def compare(
@@ -214,6 +250,7 @@ def compare(
         except InvalidInput as error:
             refused[name] = str(error)
     _check_any_left(chosen, refused)
+    scale = problem.scale()
     return Comparison(
         settings={
             "solvers": list(chosen),
@@ -228,6 +265,7 @@ def compare(
             problem.device, (module for solver in chosen.values() for module in solver.requires)
         ),
         pattern=problem.pattern,
+        scale=scale.sum().reshape(1) if problem.pattern.coupled else scale,
         solutions=solutions,
         refused={name: refused[name] for name in chosen if name in refused},
     )
@@ -262,9 +300,8 @@ def part(
     return MaskProblem(problem.weight[:n, :d], problem.gram[:d, :d], pattern, linear, copy=False)
 
 
-def _relative(loss: Tensor, bound: Tensor) -> Tensor:
-    difference = loss - bound
-    return torch.where(difference == 0, 0.0, difference / loss.abs())
+def _name(evidence: Evidence | None) -> str | None:
+    return None if evidence is None else evidence.label
 
 
 def _check_any_left(chosen: dict[str, Solver], refused: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from solvers import NM, MaskProblem, Pattern, PerRow, solve
+from solvers.solution import relative_gap
 
 from .calibration import cut_windows, read_texts
 from .checkpoint import write_json
@@ -57,6 +58,8 @@ class DemoRow:
     certified_gap
         How far the masks of `CERTIFIED_ROWS` rows of `CERTIFIED_LAYER` can be from the best
         ones, at most: mean of ``(loss - bound) / loss``.
+    evidence
+        What the bounds in it rest on: "certified", "guarded" or "claimed".
     """
 
     pattern: str
@@ -67,6 +70,7 @@ class DemoRow:
     seconds: float | None
     mask_hash: str | None
     certified_gap: float | None
+    evidence: str | None
 
 
 def run_demo(
@@ -99,15 +103,16 @@ def run_demo(
         source, texts = read_texts(None, side)
         sides[side] = cut_windows(texts, source, loaded.tokenizer, WINDOW, samples, seed)
     dense = perplexity(loaded.model, sides["evaluation"])
-    rows = [DemoRow("dense", "–", None, None, dense.perplexity, None, None, None)]
+    rows = [DemoRow("dense", "–", None, None, dense.perplexity, None, None, None, None)]
     # Block 0 sees the same inputs whatever is pruned, so one bound serves all methods.
     layer = layer_problem(
         loaded.model, loaded.tokenizer, sides["calibration"], CERTIFIED_LAYER, samples=samples
     )
     for pattern_name, pattern in PATTERNS.items():
         sample = MaskProblem(layer.weight, layer.gram, pattern, copy=False).rows(CERTIFIED_ROWS)
-        bound = solve(sample, "semidefinite", row_seconds=row_seconds).bound
-        assert bound is not None
+        bounded = solve(sample, "semidefinite", row_seconds=row_seconds)
+        assert bounded.bound is not None
+        assert bounded.evidence is not None
         for method, (solver, start) in METHODS.items():
             loaded = load_model(MODEL_NAME, device)
             report = prune(
@@ -133,7 +138,8 @@ def run_demo(
                     perplexity=perplexity(loaded.model, sides["evaluation"]).perplexity,
                     seconds=report.seconds,
                     mask_hash=report.mask_hash,
-                    certified_gap=float(((losses - bound) / losses).mean()),
+                    certified_gap=float(relative_gap(losses, bounded.bound, bounded.scale).mean()),
+                    evidence=bounded.evidence.label,
                 )
             )
     record = {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from solvers import TracePoint
+from solvers import Evidence, TracePoint
 from solvers.files import replaced_on_success
 
 if TYPE_CHECKING:
@@ -59,11 +59,12 @@ def choice_line(report: PruneReport) -> str | None:
 
 def shrink_table(report: ShrinkReport) -> Table:
     """Groups removed from every block, summed by kind."""
+    from .structured.choice import weakest
     from .structured.coupling import WORDS
 
     table = Table(title=f"Removed in {report.seconds:.1f} s", box=SIMPLE_HEAD)
     table.add_column("from every block", no_wrap=True)
-    for column in ("left", "loss", "/ wanda_sp", "updated", "/ output", "gap"):
+    for column in ("left", "loss", "/ wanda_sp", "updated", "/ output", "gap", "evidence"):
         table.add_column(column, justify="right")
     for kind, (before, after) in report.counts.items():
         layers = [one for one in report.layers if one.kind == kind]
@@ -77,6 +78,7 @@ def shrink_table(report: ShrinkReport) -> Table:
             f"{sum(one.updated_loss for one in layers):.4g}",
             f"{sum(one.relative_error for one in layers) / len(layers):.2%}",
             f"{max(gaps):.2%}" if len(gaps) == len(layers) else "–",
+            (weakest(layers) if len(gaps) == len(layers) else None) or "–",
         )
     if report.latency is not None:
         time, measured = report.latency, report.latency["measured"]
@@ -127,7 +129,7 @@ def _bytes(size: float) -> str:
 
 def certificate_table(certificates: Sequence[LayerCertificate]) -> Table:
     """What is proven of every layer."""
-    table = Table(title="Gap to the best mask there is, at most", box=SIMPLE_HEAD)
+    table = Table(title="Gap to the best mask there is, at most (certified)", box=SIMPLE_HEAD)
     table.add_column("layer", no_wrap=True)
     for column in ("rows", "loss", "gap", "mean row gap"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -144,7 +146,9 @@ def certificate_table(certificates: Sequence[LayerCertificate]) -> Table:
     loss, bound = sum(one.loss for one in certificates), sum(one.bound for one in certificates)
     table.add_section()
     rows = sum(len(one.rows) for one in certificates)
-    gap = f"{(loss - bound) / loss:.2%}" if loss else "0 %"
+    gap = f"{(loss - bound) / abs(loss):.2%}" if loss else "0 %"
+    if all(one.says_nothing for one in certificates):
+        gap = "no bound"
     table.add_row("all", str(rows), f"{loss:.4g}", gap, "")
     return table
 
@@ -236,7 +240,7 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
     table = Table(title="The embedded GPT, pruned", box=SIMPLE_HEAD)
     table.add_column("pattern", no_wrap=True)
     table.add_column("masks", no_wrap=True)
-    for column in ("loss / wanda", "gap at most", "perplexity", "seconds"):
+    for column in ("loss / wanda", "gap at most", "evidence", "perplexity", "seconds"):
         table.add_column(column, justify="right")
     last = rows[0].pattern
     for row in rows:
@@ -248,6 +252,7 @@ def demo_table(rows: Sequence[DemoRow]) -> Table:
             row.method,
             "–" if row.relative_loss is None else f"{row.relative_loss:.3f}",
             "–" if row.certified_gap is None else f"{row.certified_gap:.1%}",
+            row.evidence or "–",
             f"{row.perplexity:.2f}",
             "–" if row.seconds is None else f"{row.seconds:.1f}",
         )
@@ -302,7 +307,10 @@ def compare_table(comparison: Comparison) -> Table:
         title += f", at most {settings['time_limit']:g} s per solver"
     table = Table(title=title, caption=_bound_caption(comparison), box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("solver", no_wrap=True)
-    for column in ("loss", "/ best", "own\nbound", "mean\ngap", "worst\ngap"):
+    for column in ("loss", "/ best", "own\nbound"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("evidence", no_wrap=True)
+    for column in ("mean\ngap", "worst\ngap"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("status")
     table.add_column("s", justify="right", no_wrap=True)
@@ -313,33 +321,47 @@ def compare_table(comparison: Comparison) -> Table:
             name,
             f"{loss:.4g}",
             _ratio(loss, best),
-            *_bound_and_gaps(comparison.bound(name), comparison.gap(name)),
+            *_bound_and_gaps(
+                comparison.bound(name), [comparison.evidence(name)], comparison.gap(name)
+            ),
             solution.status.name.lower().replace("_", " "),
             f"{solution.stats['time']:.2f}",
         )
     for name in comparison.refused:
-        table.add_row(name, *["–"] * 5, "not run", "–")
+        table.add_row(name, *["–"] * 6, "not run", "–")
     table.add_section()
-    bound_and_gaps = _bound_and_gaps(comparison.best_bound, comparison.best_gap)
-    table.add_row("best of all", f"{best:.4g}", _ratio(best, best), *bound_and_gaps, "", "")
+    of_all = (comparison.best_bound, comparison.best_evidence, comparison.best_gap)
+    table.add_row(
+        "best of all", f"{best:.4g}", _ratio(best, best), *_bound_and_gaps(*of_all), "", ""
+    )
     return table
 
 
 def _bound_caption(comparison: Comparison) -> str:
     if not bool(comparison.best_bound.isfinite().any()):
-        return "No gaps: none of the solvers gave a bound."
+        return "No gaps: none of the solvers gave a bound that holds."
+    given = [comparison.evidence(name) for name in comparison.solutions]
+    legend = "".join(f"\n{line}" for line in evidence_legend(given))
     if comparison.pattern.coupled:
-        return "Gap: of the rows' sum to the best bound of any solver."
+        return f"Gap: of the rows' sum to the best bound of any solver.{legend}"
     rows, bounded = len(comparison.best_bound), int(comparison.best_bound.isfinite().sum())
     which = "" if bounded == rows else f", over the {bounded} of {rows} rows that have one"
-    return f"Gaps: per row, to the best bound of any solver{which}."
+    return f"Gaps: per row, to the best bound of any solver{which}.{legend}"
 
 
-def _bound_and_gaps(bound: Tensor, gap: Tensor) -> list[str]:
+def evidence_legend(given: Iterable[Evidence | str | None]) -> list[str]:
+    """What the kinds of evidence (or their labels) mean, a line each, the strongest first."""
+    found = set(given)
+    return [f"{k.label}: {k.message}" for k in Evidence if k in found or k.label in found]
+
+
+def _bound_and_gaps(bound: Tensor, evidence: Sequence[Evidence | None], gap: Tensor) -> list[str]:
     total = float(bound.sum())
+    given = [kind for kind in evidence if kind is not None]
     known = gap[gap.isfinite()]
     return [
         "–" if math.isnan(total) else f"{total:.4g}",
+        Evidence.weakest(*given).label if given else "–",
         _percent(float(known.mean())) if len(known) else "–",
         _percent(float(known.max())) if len(known) else "–",
     ]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solvers import InvalidInput, checker
+from solvers import InvalidInput, checker_folder
 from solvers.files import replaced_on_success
 
 from .checkpoint import MASKS_FILE, ORDER_FILE, RECORD_FILE, TIMINGS_FILE, write_json
@@ -241,14 +241,14 @@ def certified_text(record: dict[str, Any]) -> str:
     if not found:
         return ""
     gaps = [math.inf if one["gap"] is None else one["gap"] for one in found]
-    coverage = checker.coverage_text(
+    coverage = checker_folder.coverage_text(
         len(found),
         len(layers),
         sum(len(one["rows"]) for one in found),
         sum(layer["rows"] for layer in layers),
     )
-    about = checker.gaps_text(gaps, sum(map(is_unbounded, found)))
-    unproven = (record.get("certificate") or {}).get("not_proven", checker.NOT_PROVEN)
+    about = checker_folder.gaps_text(gaps, sum(map(is_unbounded, found)))
+    unproven = (record.get("certificate") or {}).get("not_proven", checker_folder.NOT_PROVEN)
     return f"Certified: {coverage}; gaps of layers: {about}. {unproven}"
 
 

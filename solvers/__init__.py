@@ -29,7 +29,7 @@ from .pattern import (
 )
 from .presets import SparseFW, SparseSwaps
 from .problem import MaskProblem
-from .registry import SolverInfo, available, get_solver, register, solve
+from .registry import SolverInfo, available, get_solver, prepare, register, solve
 from .saliency import RIA, Magnitude, Wanda
 from .scip import Scip
 from .semidefinite import Semidefinite
@@ -92,6 +92,7 @@ __all__ = [
     "minimize",
     "order_inputs",
     "pattern_from_dict",
+    "prepare",
     "register",
     "removed_count",
     "saliency_lost",

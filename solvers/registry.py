@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 from .arrays import ArrayLike
 from .clock import Clock
 from .errors import InvalidInput
@@ -95,6 +97,28 @@ def get_solver(name: str, **options: Any) -> Solver:
             f"Solver '{name}' has no option '{sorted(unknown)[0]}'; its options are: {known}."
         )
     return solver(**options)
+
+
+def prepare(device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """Import and compile ahead of any solve what every solver that can run here needs.
+
+    Compiled kernels for the CPU are kept on disk (numba's cache, ``__pycache__`` beside the code or
+    ``NUMBA_CACHE_DIR``), so that one call after installation serves all later processes.
+
+    Parameters
+    ----------
+    device
+        To prepare for.
+
+    Returns
+    -------
+    tuple of str
+        Names of the solvers that are ready.
+    """
+    ready = [name for name, solver in _SOLVERS.items() if solver.unable() is None]
+    for name in ready:
+        get_solver(name).prepare(torch.device(device))
+    return tuple(ready)
 
 
 DEFAULT_START = "wanda"

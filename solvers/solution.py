@@ -46,6 +46,11 @@ class Evidence(enum.Enum):
         """One sentence for people."""
         return str(self.value)
 
+    @property
+    def label(self) -> str:
+        """One word: certified, guarded or claimed."""
+        return self.name.lower()
+
     @classmethod
     def weakest(cls, *several: Evidence) -> Evidence:
         """What a sum of bounds rests on."""
@@ -123,7 +128,7 @@ class MaskSolution:
         rows, d = self.mask.shape
         gap = ""
         if self.gap is not None and self.evidence is not None:
-            gap = f", mean gap {float(self.gap.mean()):.2%} ({self.evidence.name.lower()})"
+            gap = f", mean gap {float(self.gap.mean()):.2%} ({self.evidence.label})"
         return (
             f"MaskSolution({self.solver}, {rows} rows, {d} inputs, "
             f"objective {float(self.objective.sum()):.6g}{gap}, {self.status.name})"

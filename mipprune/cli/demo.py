@@ -23,7 +23,7 @@ def demo(
     """Prune the embedded GPT in several ways and compare them, offline."""
     from ..demo import CERTIFIED_LAYER, CERTIFIED_ROWS, METHODS, PATTERNS, run_demo
     from ..progress import progress
-    from ..report import demo_table
+    from ..report import demo_table, evidence_legend
 
     quiet_transformers()
     with progress(terminal.err, runs=len(METHODS) * len(PATTERNS)) as observe:
@@ -31,7 +31,9 @@ def demo(
     terminal.out.print(demo_table(rows))
     terminal.out.print(
         f"Gap at most: how far the masks of {len(CERTIFIED_ROWS)} rows of {CERTIFIED_LAYER} "
-        "can be from the best ones, proven."
+        "can be from the best ones, by bounds that rest on the evidence named.",
+        *evidence_legend(row.evidence for row in rows),
+        sep="\n",
     )
     for row in rows:
         if row.loss_reduction is not None:

@@ -124,8 +124,10 @@ def compare(
     for reason in comparison.refused.values():
         terminal.err.print(f"[yellow]Not run:[/] {escape(reason)}", soft_wrap=True)
     for name, count in comparison.refuted.items():
+        evidence = comparison.evidence(name)
+        assert evidence is not None
         terminal.err.print(
-            f"[yellow]Note:[/] Bounds of {name} lie above the loss of a mask "
+            f"[yellow]Note:[/] Bounds of {name} ({evidence.label}) lie above the loss of a mask "
             f"({count} of {len(comparison.best_loss)}); they are wrong and were not used.",
             soft_wrap=True,
         )

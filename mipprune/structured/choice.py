@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from solvers import InvalidInput, PerRow, get_solver, solve
+from solvers import Evidence, InvalidInput, PerRow, get_solver, solve
 from solvers.structured import (
     eliminate,
     expand,
@@ -124,7 +125,9 @@ class GroupResult:
         No choice of so many groups loses less, by what the solver judged them by; None if the
         solver proves nothing.
     gap
-        ``(loss - bound) / loss`` of that.
+        ``(loss - bound) / |loss|`` of that.
+    evidence
+        What the bound rests on: "certified", "guarded" or "claimed"; None without a bound.
     status
         Why the solver stopped.
     seconds
@@ -142,12 +145,19 @@ class GroupResult:
     relative_error: float
     bound: float | None
     gap: float | None
+    evidence: str | None
     status: str
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without times."""
         return {key: value for key, value in asdict(self).items() if key != "seconds"}
+
+
+def weakest(results: Sequence[GroupResult]) -> str | None:
+    """What the bounds of several blocks rest on together; None where there are none."""
+    found = {one.evidence for one in results}
+    return next((kind.label for kind in reversed(Evidence) if kind.label in found), None)
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,7 @@ def choose(
     )
     judged = centred(gram, mean) if with_bias else gram
     groups = coupling.of_inputs()
-    bound = gap = None
+    bound = gap = evidence = None
     status = "FEASIBLE"
     if method.solver == "wanda_sp":
         mask = most_salient(wanda_sp(weight, gram, groups), keep)
@@ -226,8 +236,11 @@ def choose(
             **method.solver_options,
         )
         mask, status = solution.mask, solution.status.name
-        if solution.bound is not None and solution.gap is not None:
-            bound, gap = float(solution.bound), float(solution.gap)
+        if solution.bound is not None:
+            assert solution.gap is not None
+            assert solution.evidence is not None
+            bound, gap = float(solution.bound), float(solution.gap)  # of the one row
+            evidence = solution.evidence.label
     kept = expand(mask, groups).to(weight.device)[0]
     new = weight.double().masked_fill(~kept, 0.0)
     if method.update == "least_squares":
@@ -252,6 +265,7 @@ def choose(
         relative_error=updated / energy if energy > 0 else 0.0,
         bound=bound,
         gap=gap,
+        evidence=evidence,
         status=status,
         seconds=time.perf_counter() - began,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import RECORD_FILE
 from ..record import PackedMasks, mask_digest
-from .choice import GroupResult
+from .choice import GroupResult, weakest
 from .coupling import WORDS, Kind
 
 
@@ -84,6 +84,11 @@ class ShrinkReport:
         return max(gaps) if gaps and len(gaps) == len(self.layers) else None
 
     @property
+    def evidence(self) -> str | None:
+        """The weakest that `gap` rests on; None without a gap."""
+        return None if self.gap is None else weakest(self.layers)
+
+    @property
     def mask_hash(self) -> str:
         """SHA-256 over the kept groups of all readers."""
         return mask_digest(self.masks)
@@ -106,6 +111,7 @@ class ShrinkReport:
             "updated_loss": self.updated_loss,
             "loss_wanda_sp": self.loss_wanda_sp,
             "gap": self.gap,
+            "evidence": self.evidence,
             "difference": self.difference,
             "mask_hash": self.mask_hash,
             "warnings": self.warnings,
@@ -146,7 +152,8 @@ def smaller_card(record: dict[str, Any], evaluations: str) -> str:
         else ""
     )
     gap = (
-        f" No choice of so many groups loses less by more than {record['gap']:.2%}, in any block."
+        f" No choice of so many groups loses less by more than {record['gap']:.2%}, in any block "
+        f"(evidence: {record.get('evidence', 'not recorded')})."
         if record["gap"] is not None
         else ""
     )

@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from ..errors import InvalidInput
 from ..rounding import gamma
@@ -255,6 +254,8 @@ class Birkhoff:
     """Permutation matrices of order ``order``, row after row: ``n = order ** 2``."""
 
     def __init__(self, order: int) -> None:
+        import scipy.optimize  # noqa: F401 (slow to import: not by those who do without, or later)
+
         self.order = order
         self.lower, self.upper, self.integer = checked_bounds(
             np.zeros(order**2), np.ones(order**2), None
@@ -298,6 +299,8 @@ class Birkhoff:
         self, direction: Floats, lower: Floats, upper: Floats
     ) -> tuple[Floats, npt.NDArray[np.intp]] | None:
         """Costs with the fixed entries spelled out, and the best column of each row."""
+        from scipy.optimize import linear_sum_assignment
+
         shape = (self.order, self.order)
         fixed = (lower.reshape(shape) > 0.5).astype(int)
         others = np.maximum(fixed.sum(axis=1)[:, None], fixed.sum(axis=0)) - fixed

@@ -65,7 +65,7 @@ class HullSolution:
         return difference / abs(self.objective) if self.objective else float("inf")
 
     def __repr__(self) -> str:
-        gap = f"gap {self.gap:.2%} ({self.evidence.name.lower()})"
+        gap = f"gap {self.gap:.2%} ({self.evidence.label})"
         return (
             f"HullSolution(objective {self.objective:.6g}, bound {self.bound:.6g}, {gap}, "
             f"{self.stats.get('nodes', 0)} nodes, {self.status.name})"

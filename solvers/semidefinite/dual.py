@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import eigh
-from scipy.optimize import minimize
 
 from ..clock import Clock
 from .cuts import Array, Cuts, separate
@@ -175,6 +174,7 @@ class DualAscent:
 
         Ends early when the clock expires.
         """
+        from scipy.optimize import minimize  # slow to import: not by those who do without
 
         def look(_: object) -> None:
             if clock is not None and clock.expired:

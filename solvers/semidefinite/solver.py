@@ -97,6 +97,7 @@ class Semidefinite(Solver):
     needs_start = True
 
     def prepare(self, device: torch.device) -> None:
+        import scipy.optimize  # noqa: F401
         import threadpoolctl  # noqa: F401
 
         Swap().prepare(device)

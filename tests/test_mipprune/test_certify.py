@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mipprune.calibration import Windows
 from mipprune.certify import _sample, certify, check_folder
 from mipprune.models import LoadedModel
 from mipprune.rules import Rules
-from solvers import NM, InvalidInput, PerLayer, PerRow, checker
+from solvers import NM, InvalidInput, PerLayer, PerRow, checker_folder
 from solvers.certificate import load_certificates, save_certificates
 
 WINDOWS = Windows(tiny_tokens(windows=8, length=32), "random tokens")
@@ -126,7 +127,7 @@ class Forgery:
 
     def tensors(self, file, change):
         tensors = load_file(self.folder / file)
-        metadata = checker.read_tensors(self.folder / file)[1]
+        metadata = checker_folder.read_tensors(self.folder / file)[1]
         save_file({**tensors, **change(tensors)}, self.folder / file, metadata=metadata)
 
 
@@ -185,6 +186,11 @@ def other_layer(f):
 def linked(f):
     f.problem.rename(f.folder.parent / "outside")
     f.problem.symlink_to(f.folder.parent / "outside")
+
+
+def linked_folder(f):
+    f.problem.parent.rename(f.folder.parent / "outside")
+    f.problem.parent.symlink_to(f.folder.parent / "outside")
 
 
 def repainted(f):
@@ -256,7 +262,8 @@ ATTACKS = {
         lambda f: f.tensors(f.problem, lambda t: {"weight": t["weight"] * np.float32(1e-3)}),
         "digests",
     ),
-    "link": (linked, "is a link"),
+    "link": (linked, "is a link.*cp -rL"),
+    "folder that is a link": (linked_folder, "cp -rL"),
     "dense weights": (repainted, "not zero"),
     "other kept weights": (other_kept_weight, "kept weights"),
     "another mask": (other_mask, "hash of the masks"),
@@ -287,6 +294,44 @@ def test_layers_without_certificate_are_counted(small, tmp_path):
     checked = check_folder(tmp_path / "copy")
     assert checked.missing == [Q]
     assert str(checked).startswith("1 of 2 layers, 3 of 64 rows verified")
+
+
+def test_check_says_in_one_sentence_what_is_missing(run, small, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(small, folder)
+    code, printed, errors = run("check", folder)
+    assert (code, errors) == (0, "")
+    assert "2 of 2 layers, 6 of 64 rows verified; layer gaps " in printed
+    assert checker_folder.NOT_PROVEN in printed
+    forgery = Forgery(folder)
+    del forgery.layer["certificate"]
+    forgery.write()
+    code, printed, errors = run("check", folder)
+    assert (code, errors) == (0, "")
+    assert f"Without certificate: {Q}\n" in printed
+    monkeypatch.setitem(sys.modules, "flint", None)
+    monkeypatch.delitem(sys.modules, "solvers.checker_exact", raising=False)
+    exact = run("check", folder, "--exact")
+    (folder / "certificates" / f"{DOWN}.problem.safetensors").unlink()
+    without_file = run("check", folder)
+    for layer in forgery.record["layers"]:
+        layer.pop("certificate", None)
+    forgery.write()
+    for (code, printed, errors), said in (
+        (exact, "pip install 'mipprune[exact]'"),
+        (without_file, f"Layer {DOWN}: There is no file"),
+        (run("check", folder), "has no certificates; make them with mipprune certify."),
+    ):
+        assert (code, printed) == (2, "")
+        assert said in errors
+        assert errors.startswith("Error: ")
+        assert errors.count("\n") == 1
+
+
+def test_the_record_says_what_its_bounds_rest_on(certified):
+    record = json.loads((certified[0] / "mipprune.json").read_text())
+    found = {layer["certificate"]["evidence"] for layer in record["layers"]}
+    assert found == {"certified"}
 
 
 def test_a_folder_is_checked_exactly_too(small):
@@ -364,7 +409,7 @@ def forge_anything(folder, random):
         record = folder / "mipprune.json"
         record.write_text(json.dumps(changed_record(random, json.loads(record.read_text()))))
     else:
-        tensors, metadata = load_file(file), checker.read_tensors(file)[1]
+        tensors, metadata = load_file(file), checker_folder.read_tensors(file)[1]
         names = sorted(tensors)
         one, other = (names[int(random.integers(len(names)))] for _ in range(2))
         if kind == 4:
@@ -444,7 +489,7 @@ def test_gaps_that_are_no_bound_are_called_so():
     text = certified_text({"layers": layers})
     assert text.startswith("Certified: 2 of 2 layers, 4 of 10 368 rows; gaps of layers: 25.00% to")
     assert "no bound (1 of 2 layers have none)" in text
-    assert checker.NOT_PROVEN in text
+    assert checker_folder.NOT_PROVEN in text
     assert certified_text({"layers": [{"rows": 3}]}) == ""
 
 

@@ -333,6 +333,8 @@ def test_demo_writes_table_json_and_picture(run, tmp_path):
     assert record["rows"][4]["relative_loss"] < 1 == record["rows"][2]["relative_loss"]
     gaps = [row["certified_gap"] for row in record["rows"][1:5]]
     assert 0 <= gaps[3] == min(gaps) < max(gaps) < 1
+    assert [row["evidence"] for row in record["rows"]] == [None, *["certified"] * 8]
+    assert "certified: A witness" in printed
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.png"]
 

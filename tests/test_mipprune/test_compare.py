@@ -11,6 +11,7 @@ from mipprune.report import compare_plot
 from solvers import (
     NM,
     CellPattern,
+    Evidence,
     InvalidInput,
     MaskProblem,
     Outcome,
@@ -36,7 +37,10 @@ def run(run, monkeypatch):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Solvers with bounds at will: ``bounded`` has half the least loss, but none for row 0."""
+    """Solvers with bounds at will: ``bounded`` has half the least loss, nothing for row 0.
+
+    ``wrong`` claims three times the least loss, except for row 0; its own mask is a bad one.
+    """
     monkeypatch.setattr(registry, "_SOLVERS", dict(registry._SOLVERS))
 
     class Fake(Solver):
@@ -44,10 +48,11 @@ def fakes(monkeypatch):
         patterns = (CellPattern,)
         gives_bound = True
         share = 0.5
+        evidence = Evidence.GUARDED
 
         def _search(self, search):
             problem, clock = search.problem, search.clock
-            mask = problem.pattern.round(problem.weight.abs())
+            mask = problem.pattern.round(self.score(problem.weight))
             rows = [problem.rows([r]) for r in range(problem.shape[0])]
             if problem.pattern.coupled:
                 least = problem.objective(mask) / 4
@@ -55,7 +60,13 @@ def fakes(monkeypatch):
                 least = torch.tensor([optimum(row) for row in rows], dtype=torch.float64)
             total = float(problem.objective(mask).sum())
             trace = [TracePoint(0.0, 2 * total), TracePoint(clock.seconds, total, total / 3)]
-            return Outcome(mask, Status.TIME_LIMIT, self.bound_from(least), trace=trace)
+            bound = self.bound_from(least)
+            if problem.pattern.coupled:
+                bound = bound.sum().reshape(1)
+            return Outcome(mask, Status.TIME_LIMIT, bound, self.evidence, trace=trace)
+
+        def score(self, weight):
+            return weight.abs()
 
         def bound_from(self, least):
             return self.share * least
@@ -75,12 +86,30 @@ def fakes(monkeypatch):
     class Tight(Fake):
         name = "tight"
         share = 0.9
+        evidence = Evidence.CERTIFIED
+
+    @register
+    @dataclass(frozen=True)
+    class Level(Fake):
+        name = "level"
+        share = 0.9 * (1 + 1e-12)
+        evidence = Evidence.CLAIMED
 
     @register
     @dataclass(frozen=True)
     class Wrong(Fake):
         name = "wrong"
         share = 3.0
+        evidence = Evidence.CLAIMED
+
+        def score(self, weight):
+            return -weight.abs()
+
+        def bound_from(self, least):
+            bound = self.share * least
+            if len(bound) > 1:
+                bound[0] = least[0] / 2
+            return bound
 
     @register
     @dataclass(frozen=True)
@@ -129,11 +158,43 @@ def test_gaps_are_to_the_best_bound_of_any_solver(fakes):
     assert torch.allclose(result.best_gap, (best - 0.9 * least) / best)
 
 
-def test_rows_without_a_bound_have_no_gap(fakes):
+def test_a_solver_knows_at_least_what_is_free(fakes):
     result = compare(small(), ["swap", "bounded"])
-    assert result.gap("swap").isnan().tolist() == [True, False, False]
+    assert result.bound("bounded")[0] == 0
+    assert result.gap("swap")[0] == 1
     assert result.to_dict()["solvers"]["bounded"]["own_gap"][1] > 0
     assert bool(compare(small(), ["swap"]).gap("swap").isnan().all())
+
+
+def test_rows_whose_bound_is_refuted_have_no_gap(fakes):
+    result = compare(small(), ["swap", "wrong"])
+    assert result.gap("swap").isnan().tolist() == [False, True, True]
+    assert result.best_evidence == [Evidence.CLAIMED, None, None]
+
+
+def test_bounds_carry_their_evidence(fakes):
+    result = compare(small(), ["wanda", "bounded", "level", "tight"])
+    kinds = [result.evidence(name) for name in result.solutions]
+    assert kinds == [None, Evidence.GUARDED, Evidence.CLAIMED, Evidence.CERTIFIED]
+    # of bounds that only rounding tells apart, the strongest counts, with its own value
+    assert result.best_evidence == [Evidence.CERTIFIED] * 3
+    assert torch.equal(result.best_bound, result.bound("tight"))
+    record = result.to_dict()
+    assert record["best"]["evidence"] == ["certified"] * 3
+    found = [entry["evidence"] for entry in record["solvers"].values()]
+    assert found == [None, "guarded", "claimed", "certified"]
+
+
+def test_rows_that_lose_nothing_have_no_gap(fakes):
+    problem = small()
+    weight = problem.weight.clone()
+    weight[1, :4] = 0  # half of the weights can go at no loss
+    problem = MaskProblem(weight, problem.gram, problem.pattern)
+    result = compare(problem, ["magnitude", "swap", "tight", "frank_wolfe"])
+    for name in result.solutions:
+        assert result.gap(name)[1] == 0
+        assert result.ratio(name)[1] == 1
+    assert result.to_dict()["solvers"]["frank_wolfe"]["own_gap"][1] == 0
 
 
 def test_with_a_shared_budget_only_sums_count(fakes):
@@ -141,14 +202,17 @@ def test_with_a_shared_budget_only_sums_count(fakes):
     result = compare(problem, ["swap", "tight", "bounded"])
     loss = float(solve(problem, "swap").objective.sum())
     bound = 0.9 * float(result.solutions["tight"].objective.sum()) / 4
+    assert result.best_evidence == [Evidence.CERTIFIED]
+    assert len(result.to_dict()["solvers"]["tight"]["bound"]) == 1
     assert result.loss("swap").tolist() == [pytest.approx(loss)]
     assert result.gap("swap").tolist() == [pytest.approx((loss - bound) / loss)]
-    assert bool(result.bound("bounded").isnan().all())
+    assert result.bound("bounded").tolist() == [0]
 
 
 def test_a_refuted_bound_is_reported_and_not_used(fakes):
     result = compare(small(), ["swap", "wrong", "tight"])
-    assert result.refuted == {"wrong": 3}
+    assert result.refuted == {"wrong": 2}
+    assert result.to_dict()["refuted"] == {"wrong": {"units": 2, "evidence": "claimed"}}
     assert torch.equal(result.best_bound, result.bound("tight"))
     assert bool((result.best_gap >= 0).all())
 
@@ -222,16 +286,17 @@ def test_command_line(run, file, fakes, tmp_path):
     record_file, plot = tmp_path / "out" / "c.json", tmp_path / "out" / "c.png"
     code, printed, errors = run(
         file, "--sparsity", 0.5, "--rows", 4, "--inputs", 8, "--time-limit", 5,
-        "--solvers", "wanda, swap,missing,bounded", "--json", record_file, "--plot", plot,
+        "--solvers", "wanda, swap,missing,bounded,wrong", "--json", record_file, "--plot", plot,
     )  # fmt: skip
     assert code == 0
     assert "4 rows, 8 inputs, 0.5 sparsity per row, at most 5 s per solver" in printed
-    assert "3 of 4 rows" in printed
+    assert "guarded: Derived in floating point" in printed
+    assert "claimed: Another program's word" in printed
     assert "local optimum" in printed
     assert "not run" in printed
     assert "pip install no_such_library" in errors
     record = json.loads(record_file.read_text())
-    assert record["settings"]["solvers"] == ["wanda", "swap", "missing", "bounded"]
+    assert record["settings"]["solvers"] == ["wanda", "swap", "missing", "bounded", "wrong"]
     assert record["settings"]["time_limit"] == 5
     assert record["environment"]["no_such_library"] == "not installed"
     assert list(record["refused"]) == ["missing"]
@@ -241,8 +306,7 @@ def test_command_line(run, file, fakes, tmp_path):
         assert entry["objective"] == pytest.approx(solve(problem, name).objective.tolist())
         assert entry["bound"] is None
     bounded = record["solvers"]["bounded"]
-    assert bounded["bound"][0] is None
-    assert record["solvers"]["swap"]["gap"][0] is None
+    assert bounded["evidence"] == "guarded"
     for row in (1, 2, 3):
         loss, bound = record["solvers"]["swap"]["objective"][row], bounded["bound"][row]
         assert record["solvers"]["swap"]["gap"][row] == pytest.approx((loss - bound) / loss)
@@ -264,8 +328,9 @@ def test_command_line_with_a_shared_budget(run, file, fakes, tmp_path):
     assert record["gaps_are_per"] == "layer"
     assert len(record["solvers"]["swap"]["objective"]) == 6
     assert len(record["solvers"]["swap"]["gap"]) == 1
-    assert record["refuted"] == {"wrong": 1}
-    assert "Bounds of wrong lie above the loss of a mask (1 of 1)" in errors
+    assert record["refuted"] == {"wrong": {"units": 1, "evidence": "claimed"}}
+    assert "Bounds of wrong (claimed) lie above the loss of a mask (1 of 1)" in errors
+    assert "No gaps: none of the solvers gave a bound that holds" in " ".join(printed.split())
     assert (tmp_path / "c.png").read_bytes().startswith(PNG)
 
 

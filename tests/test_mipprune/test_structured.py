@@ -234,6 +234,9 @@ def test_blocks_see_what_was_made_smaller_before_them():
 def test_an_exact_solver_proves_its_choice():
     _, smaller = run("llama", Method("branch_and_bound", time_limit=20.0), kv_groups=0.5)
     assert smaller.report.gap == pytest.approx(0.0, abs=1e-3)
+    record = smaller.report.to_dict()
+    assert record["evidence"] in ("certified", "guarded")
+    assert all(one["evidence"] in ("certified", "guarded") for one in record["layers"])
     assert all(one.status == "OPTIMAL" for one in smaller.report.layers)
     assert smaller.report.loss <= smaller.report.loss_wanda_sp
 

@@ -1,8 +1,10 @@
 import dataclasses
 import itertools
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from helpers import KINDS, make_problem, optimum
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, checker, solve
+from solvers import NM, InvalidInput, MaskProblem, PerLayer, PerRow, checker, checker_folder, solve
 from solvers.certificate import (
     CUTS,
     Certificate,
@@ -201,17 +203,32 @@ def test_numbers_that_overflow_the_factor_prove_nothing(offset, claim):
 
 def test_the_checker_imports_nothing_of_the_project_and_runs_by_itself(tmp_path):
     program = (
-        "import sys, runpy; sys.argv = ['checker.py', sys.argv[1]]\n"
-        f"try: runpy.run_path({checker.__file__!r}, run_name='__main__')\n"
+        "import sys, runpy; folder, sys.path[0] = sys.argv.pop(1), sys.argv.pop(1)\n"
+        "sys.argv.append(folder)\n"
+        f"try: runpy.run_path({checker_folder.__file__!r}, run_name='__main__')\n"
         "except SystemExit as end: code = end.code\n"
         "taken = [name for name in sys.modules if name.split('.')[0] in "
         "('torch', 'solvers', 'mipprune', 'scipy', 'safetensors')]\n"
         "print(code, taken)"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert found.stdout == "1 []\n"
+    # A copy of the two files elsewhere is enough.
+    for module in (checker, checker_folder):
+        shutil.copy(module.__file__, tmp_path)
+    for place in (Path(checker.__file__).parent, tmp_path):
+        found = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path), str(place)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert found.stdout == "1 []\n"
+        assert "There is no file" in found.stderr
+
+
+def test_the_checker_is_a_program(tmp_path):
+    command = [sys.executable, checker_folder.__file__, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (1, "")
     assert "There is no file" in found.stderr
 
 
@@ -289,11 +306,11 @@ def test_the_guard_is_enough(seed, d, cell, rank, spread, scale):
 
 def test_margins_are_those_of_students_distribution():
     for freedom, quantile in ((1, 12.7062), (2, 4.3027), (3, 3.1824), (7, 2.3646), (30, 2.0423)):
-        assert checker._quantile(freedom) == pytest.approx(quantile, abs=1e-4)
+        assert checker_folder._quantile(freedom) == pytest.approx(quantile, abs=1e-4)
     gaps = np.array([0.1, 0.2, 0.3])
-    assert checker.margin(gaps, 3) == 0.0
-    assert checker.margin(gaps[:1], 3) is None
-    assert checker.margin(gaps, 10**9) == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert checker_folder.margin(gaps, 3) == 0.0
+    assert checker_folder.margin(gaps[:1], 3) is None
+    assert checker_folder.margin(gaps, 10**9) == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
 
 
 def test_counts_are_the_checkers_own():

@@ -1,5 +1,8 @@
 """What every solver owes, on every pattern that it claims."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import KINDS, like_bound, make_problem, optimum, problems, random_mask
@@ -18,6 +21,7 @@ from solvers import (
     Status,
     available,
     get_solver,
+    prepare,
     solve,
 )
 
@@ -206,3 +210,22 @@ def test_what_a_solver_cannot_do_is_said():
         _Unable().solve(problem)
     with pytest.raises(InvalidInput, match=r"sparsity per row; these can: .*magnitude"):
         _OnlyNM().solve(problem)
+
+
+def test_importing_is_light():
+    slow = ("numba", "pyscipopt", "cvxpy", "highspy", "scipy.optimize", "threadpoolctl", "flint")
+    program = f"import sys, torch, solvers; print([m for m in {slow} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stdout == "[]\n", found.stderr
+
+
+def test_prepare_leaves_nothing_to_compile(monkeypatch):
+    ready = prepare()
+    assert set(ready) == {info.name for info in available() if info.unavailable is None}
+
+    def fail(self, search):
+        raise AssertionError("a solver warms up again")
+
+    for kind in {type(get_solver(name)) for name in ready}:
+        monkeypatch.setattr(kind, "_search", fail)
+    assert prepare("cpu") == ready
