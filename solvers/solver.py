@@ -201,7 +201,8 @@ class Solver(ABC):
         scale = problem.scale()
         if problem.pattern.coupled:
             objective, scale = objective.sum().reshape(1), scale.sum().reshape(1)
-        bound = torch.maximum(outcome.bound, trivial_bound(problem))
+        trivial = trivial_bound(problem)
+        bound = torch.maximum(outcome.bound, trivial)
         above = bound - objective
         refuted = above > ABSOLUTE_GAP * scale
         if outcome.evidence is not Evidence.CLAIMED and bool(refuted.any()):
@@ -209,7 +210,8 @@ class Solver(ABC):
                 f"solver '{self.name}' gives a bound that its own mask refutes, "
                 f"by {float(above.max()):.3g}"
             )
-        bound = torch.minimum(bound, objective)
+        # What is refuted beyond rounding is worth nothing at all.
+        bound = torch.minimum(bound.where(~refuted, trivial), objective)
         status = outcome.status
         rel_gap = getattr(self, "rel_gap", None)
         if rel_gap is not None:

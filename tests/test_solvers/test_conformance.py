@@ -204,6 +204,34 @@ def test_rows_apart_get_the_masks_of_rows_together(name, pattern):
         assert torch.equal(apart, together[rows])
 
 
+class _Boasts(_Worse):
+    """Gives a bound twice as high as its own mask's loss."""
+
+    name, gives_bound, rel_gap, evidence = "boasts", True, 1e-4, Evidence.CLAIMED
+
+    def _search(self, search):
+        found = super()._search(search)
+        found.bound, found.evidence = 2 * search.problem.objective(found.mask), self.evidence
+        found.status = Status.OPTIMAL
+        return found
+
+
+def test_a_claim_that_its_own_mask_refutes_is_worth_nothing():
+    problem = make_problem(2, 8, PerRow(sparsity=0.5))
+    solution = _Boasts().solve(problem)
+    assert solution.bound.tolist() == [0.0, 0.0]
+    assert solution.status is Status.FEASIBLE
+
+
+class _Wrong(_Boasts):
+    name, evidence = "wrong", Evidence.GUARDED
+
+
+def test_a_derived_bound_that_a_mask_refutes_is_a_fault():
+    with pytest.raises(AssertionError, match="its own mask refutes"):
+        _Wrong().solve(make_problem(2, 8, PerRow(sparsity=0.5)))
+
+
 def test_what_a_solver_cannot_do_is_said():
     problem = make_problem(2, 8, PerRow(sparsity=0.5))
     with pytest.raises(InvalidInput, match="needs no_such_module: pip install no_such_module"):
