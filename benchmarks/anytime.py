@@ -38,6 +38,10 @@ SHAPES: dict[str, tuple[int, int, Pattern]] = {
 NOISE = 1e-6
 """Relative: gaps that differ by less are equal."""
 
+CUT = 1e-3
+"""The same where the relaxation itself was cut by its limit: it then ends at whatever iteration the
+machine had reached, a few more or less in every run."""
+
 
 def random_layer(rows: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight, and a Gram matrix with the decaying spectrum that layers have."""
@@ -102,7 +106,9 @@ def violations(runs: list[dict[str, Any]]) -> list[str]:
             others["of frank_wolfe"] = relaxation
         for whose, other in others.items():
             for measure in ("mean_gap", "worst_gap"):
-                if at[measure] > other[measure] + NOISE * max(1.0, abs(other[measure])):
+                cut = whose == "of frank_wolfe" and other["status"] == "TIME_LIMIT"
+                noise = CUT if cut else NOISE
+                if at[measure] > other[measure] + noise * max(1.0, abs(other[measure])):
                     found.append(
                         f"{at['problem']}: {at['solver']} at {at['limit']:g} s has a "
                         f"{measure.replace('_', ' ')} of {at[measure]:.4%}, worse than "
@@ -192,7 +198,7 @@ def main() -> None:
                 )
     wrong = violations(runs)
     show(runs)
-    record = {"noise": NOISE, "violations": wrong, "runs": runs}
+    record = {"noise": NOISE, "noise_if_cut": CUT, "violations": wrong, "runs": runs}
     write(arguments.out, "anytime", record)
     plot(runs, arguments.out / "anytime.png")
     for sentence in wrong:

@@ -84,12 +84,15 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--instances", type=int, default=3000)
     options.add_argument("--seed", type=int, default=0, help="of the first instance")
+    options.add_argument("--seconds", type=float, default=float("inf"), help="draw no more after")
     arguments = options.parse_args()
     tallies = {contender.label: Tally() for contender in CONTENDERS}
     violations: list[str] = []
     drawn: Counter[str] = Counter()
     began = time.perf_counter()
     for seed in range(arguments.seed, arguments.seed + arguments.instances):
+        if time.perf_counter() - began > arguments.seconds:
+            break
         instance = draw(seed)
         drawn[f"{instance.pattern} / {instance.kind}"] += 1
         for contender in CONTENDERS:
@@ -115,7 +118,7 @@ def main() -> None:
                 print(violations[-1], flush=True)
     show(tallies)
     record = {
-        "instances": arguments.instances,
+        "instances": sum(drawn.values()),
         "first_seed": arguments.seed,
         "patterns": list(PATTERNS),
         "kinds": list(KINDS),
@@ -126,7 +129,7 @@ def main() -> None:
     }
     write(arguments.out, "brute_force", record)
     cases = sum(tally.cases for tally in tallies.values())
-    print(f"{arguments.instances} instances, {cases} answers, {len(violations)} violations.")
+    print(f"{sum(drawn.values())} instances, {cases} answers, {len(violations)} violations.")
     if violations:
         sys.exit(1)
 

@@ -388,7 +388,7 @@ class _Program:
         linear = np.zeros(problem.shape) if problem.linear is None else problem.linear.numpy()
         unit = _unit(float(problem.objective(start).sum()), float(problem.scale().sum()))
         forms = [w[:, None] * gram * w / unit for w in weight]
-        # x_i^2 = x_i: what makes a rounded Gram matrix semi-definite is paid for by the linear term.
+        # x_i^2 = x_i: the linear term pays for what makes a rounded Gram matrix semi-definite.
         shifts = [max(0.0, -float(np.linalg.eigvalsh(form)[0])) for form in forms]
         d = problem.shape[1]
         pairs = [

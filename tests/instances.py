@@ -48,7 +48,7 @@ _MOST_IN_FRACTIONS = 200
 """Masks, equal up to rounding, that are evaluated in fractions."""
 
 
-# What may be difficult: each takes weight, inputs [d, tokens] and the linear term, and changes some.
+# What may be difficult: weight, inputs [d, tokens] and the linear term, to be changed.
 @dataclass
 class _Draft:
     random: Random
