@@ -178,10 +178,6 @@ KINDS: dict[str, Callable[[_Draft], None]] = {
 """Kinds of difficulty."""
 
 
-def _row_pattern(random: Random, d: int, keep: Callable[[int], int]) -> Pattern:
-    return PerRow(keep=keep(d))
-
-
 def _count_rows(random: Random, shape: tuple[int, int]) -> Pattern:
     """As many per row as some mask has: whole coefficients of 1."""
     rows, d = shape
@@ -515,6 +511,8 @@ def judge(contender: Contender, instance: Instance, *, with_start: bool = False)
         return Judgement([f"raises {type(error).__name__}: {error}"])
     if not _fits(solution, instance):
         return Judgement(["the mask is not allowed, or no bool tensor of the problem's shape"])
+    if solution.bound is not None and len(solution.bound) != len(instance.units):
+        return Judgement([f"a bound of shape {tuple(solution.bound.shape)}"])
     rel_gap = getattr(get_solver(contender.name, **options), "rel_gap", None)
     exact = type(get_solver(contender.name)).exact
     violations = [
@@ -523,14 +521,13 @@ def judge(contender: Contender, instance: Instance, *, with_start: bool = False)
         *_of_status(solution, instance, rel_gap, exact),
         *_of_certificates(solution, instance),
     ]
-    lost = (
-        max(
+    lost = max(
+        (
             (_loss(solution, unit) - unit.least) / unit.scale
             for unit in instance.units
             if unit.scale
-        )
-        if any(unit.scale for unit in instance.units)
-        else 0.0
+        ),
+        default=0.0,
     )
     gap = None if solution.gap is None else float(solution.gap.max())
     return Judgement(violations, solution.status.name, gap, max(0.0, lost))
@@ -568,10 +565,10 @@ def _of_bounds(solution: MaskSolution, instance: Instance) -> list[str]:
     if solution.bound is None:
         return [] if solution.evidence is None else ["evidence without a bound"]
     found = []
-    if solution.evidence not in Evidence:
+    if not isinstance(solution.evidence, Evidence):
         found.append("a bound without evidence")
-    if solution.bound.dtype != torch.float64 or len(solution.bound) != len(instance.units):
-        return [*found, f"a bound of shape {tuple(solution.bound.shape)}"]
+    if solution.bound.dtype != torch.float64:
+        found.append(f"a bound in {solution.bound.dtype}")
     for bound, unit in zip(solution.bound.tolist(), instance.units, strict=True):
         if not np.isfinite(bound):
             found.append(f"rows {unit.rows}: bound {bound}")

@@ -6,11 +6,14 @@ and `MIPPRUNE_SEED=<seed>` repeats it.
 
 import os
 import time
+from dataclasses import replace
 
 import instances
+import numpy as np
 import pytest
+import torch
 
-from solvers import available
+from solvers import Evidence, Status, available, solve
 
 SECONDS = float(os.environ.get("MIPPRUNE_RANDOM_SECONDS", "5"))
 SEED = os.environ.get("MIPPRUNE_SEED")
@@ -62,3 +65,45 @@ def test_every_kind_by_the_quick_solvers(kind):
 def test_every_solver_contends():
     names = {contender.name for contender in instances.CONTENDERS}
     assert names == {info.name for info in available()}
+
+
+FORGERIES = {
+    "the objective is not the problem's": lambda s: {"objective": s.objective * (1 + 1e-12)},
+    "above the optimum": lambda s: {"bound": s.objective * (1 + 1e-13)},
+    "a bound without evidence": lambda s: {"evidence": None},
+    "a bound of shape": lambda s: {"bound": s.bound.sum().reshape(1)},
+    "optimal with bound": lambda s: {"bound": s.bound * (1 - 2e-4)},
+    "no limit, but TIME_LIMIT": lambda s: {"status": Status.TIME_LIMIT},
+    "certified without a certificate": lambda s: {"evidence": Evidence.CERTIFIED},
+    "the mask is not allowed": lambda s: {"mask": torch.ones_like(s.mask)},
+}
+
+
+@pytest.mark.parametrize("sentence", FORGERIES)
+def test_what_is_wrong_is_found(monkeypatch, sentence):
+    instance = next(
+        one for one in (instances.draw(s, "plain", "2:4") for s in range(99)) if len(one.units) == 3
+    )
+    contender = instances.Contender("branch_and_bound", "branch_and_bound")
+    assert instances.judge(contender, instance).violations == []
+    honest = solve(instance.problem, "branch_and_bound")
+    forged = replace(honest, **FORGERIES[sentence](honest))
+    monkeypatch.setattr(instances, "solve", lambda *arguments, **options: forged)
+    assert any(sentence in found for found in instances.judge(contender, instance).violations)
+
+
+def test_a_certificate_that_is_forged_and_a_start_made_worse_are_found(monkeypatch):
+    instance = instances.draw(0, "plain", "2:4")
+    contender = instances.Contender("semidefinite", "semidefinite")
+    honest = solve(instance.problem, "semidefinite")
+    first = honest.certificates[0]
+    forged = replace(honest, certificates=(replace(first, bound=2 * abs(first.bound) + 1),))
+    monkeypatch.setattr(instances, "solve", lambda *arguments, **options: forged)
+    assert "a certificate is refused" in " ".join(instances.judge(contender, instance).violations)
+    worst = torch.from_numpy(
+        np.concatenate([unit.masks[unit.loss.argmax()] for unit in instance.units])
+    )
+    worse = replace(honest, mask=worst, objective=instance.problem.objective(worst))
+    monkeypatch.setattr(instances, "solve", lambda *arguments, **options: worse)
+    found = instances.judge(contender, instance, with_start=True).violations
+    assert "was made worse" in " ".join(found)
