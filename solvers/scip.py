@@ -110,6 +110,9 @@ class Scip(Solver):
     lacks of ``Q`` (negative eigenvalues of a rounded Gram matrix cannot be in it). The bounds of
     the plain relaxation and of the reformulation need no such trust, and count where higher.
 
+    Where a coefficient of a `Linear` constraint is below 1e-7 of the largest, SCIP may end at masks
+    that are not allowed; the nearest one that is is then the answer, `Status.FEASIBLE`, with a gap.
+
     ``stats``: ``nodes`` of all trees, and lists with one entry per program: ``program_nodes``,
     ``program_times`` (seconds) and ``program_status`` (names of `Status`).
     """
