@@ -422,7 +422,9 @@ class Contender:
         """Whether it is tried on an instance: it can answer, and it is its turn."""
         linear = isinstance(instance.problem.pattern, Linear)
         # Hundreds of calls of a mixed-integer oracle.
-        turns = self.every * (4 if linear and self.name == "frank_wolfe" else 1)
+        turns = self.every * (
+            4 if linear and self.name in ("frank_wolfe", "branch_and_bound") else 1
+        )
         return instance.seed % turns == 0 and self.takes(instance)
 
     def takes(self, instance: Instance) -> bool:
@@ -460,7 +462,7 @@ CONTENDERS = [
     Contender("frank_wolfe bfloat16", "frank_wolfe", {"dtype": "bfloat16", "iterations": 99}, 4),
     Contender("frank_wolfe fixed", "frank_wolfe", {"fixed": 0.5}, every=4, cells=True),
     Contender("semidefinite", "semidefinite", every=2),
-    Contender("semidefinite wide", "semidefinite", {"wide_from": 1}, every=4),
+    Contender("semidefinite wide", "semidefinite", {"wide_from": 1}, every=16),
     Contender("semidefinite decomposed", "semidefinite", {"decompose": True}, every=4),
     Contender("branch_and_bound", "branch_and_bound"),
     Contender("branch_and_bound plain", "branch_and_bound", {"reformulation": False}, every=2),
