@@ -5,13 +5,18 @@ BIN = .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: demo test test-oldest test-oldest-families test-extras families lint format clean
+.PHONY: demo test test-random test-oldest test-oldest-families test-extras families lint format clean
 
 demo: .venv/installed
 	$(BIN)/mipprune demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Solvers against enumeration on instances drawn anew for a minute; a failure prints its seed, and
+# MIPPRUNE_SEED=<seed> repeats it.
+test-random: .venv/installed
+	MIPPRUNE_RANDOM_SECONDS=60 $(BIN)/python -m pytest -s tests/test_solvers/test_brute_force.py
 
 # What depends on transformers, with the oldest version that is supported.
 test-oldest: .venv-oldest/installed

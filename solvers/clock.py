@@ -54,8 +54,12 @@ class Clock:
         """Whether the limit has passed."""
         return self.seconds >= self._limit
 
-    def part(self, share: float, most: float = math.inf) -> Clock:
-        """A clock that starts now and has a share of the time left, ``most`` seconds at most."""
+    def part(self, share: float, most: float = math.inf, least: float = 0.0) -> Clock:
+        """A clock that starts now and has a share of the time left.
+
+        ``least`` seconds at least, if there are so many left, and ``most`` at most.
+        """
         part = Clock()
-        part._limit = min(share * self.remaining, most)
+        remaining = self.remaining
+        part._limit = min(max(share * remaining, least), remaining, most)
         return part

@@ -20,7 +20,7 @@ from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
 from .semidefinite.solver import too_large
-from .solution import Evidence, Status
+from .solution import ABSOLUTE_GAP, Evidence, Status
 from .solver import Outcome, Search, Solver
 from .standing import Incumbent, Standing
 
@@ -35,8 +35,11 @@ _FEASTOL = 1e-7
 _GUARD = 1e-6
 """Taken off SCIP's dual bound, in units of the scaled program, for these violations."""
 
-_LEAST_UNIT = 1e-3
-"""Smallest unit of a program, as a share of ``trace(Q) + sum |linear|``: keeps ``F`` moderate."""
+_LEAST_UNIT = 5e-4
+"""Smallest unit of a program, as a share of ``trace(Q) + sum |linear|``: keeps ``F`` moderate.
+
+The guard is then half of `ABSOLUTE_GAP`, so that an optimum of 0 is recognised as one.
+"""
 
 _PAYS = range(64, 1025)
 """Inputs of a row that is reformulated by default: below, SCIP alone is about as quick."""
@@ -106,6 +109,9 @@ class Scip(Solver):
     mask costs about 1. The bound is therefore lowered by 1e-6 of that cost, and by what ``F``
     lacks of ``Q`` (negative eigenvalues of a rounded Gram matrix cannot be in it). The bounds of
     the plain relaxation and of the reformulation need no such trust, and count where higher.
+
+    Where a coefficient of a `Linear` constraint is below 1e-7 of the largest, SCIP may end at masks
+    that are not allowed; the nearest one that is is then the answer, `Status.FEASIBLE`, with a gap.
 
     ``stats``: ``nodes`` of all trees, and lists with one entry per program: ``program_nodes``,
     ``program_times`` (seconds) and ``program_status`` (names of `Status`).
@@ -215,7 +221,21 @@ class Scip(Solver):
         if total < float(part.objective(mask).sum()):
             mask = start
         bounds = [*known, (found.bound * program.unit, Evidence.CLAIMED)]
+        if status is Status.OPTIMAL and self._too_coarse(part, mask, bounds, program.unit):
+            return self._solve_part(part, mask, x, clock, seed)
         return _Answer(mask, bounds, status, found.nodes, clock.seconds)
+
+    def _too_coarse(
+        self, part: MaskProblem, mask: Tensor, bounds: list[tuple[float, Evidence]], unit: float
+    ) -> bool:
+        """Whether the guard leaves a gap that a smaller unit, from this mask, would close.
+
+        The guard is a share of what the start cost, which may be far more than the optimum.
+        """
+        total, scale = float(part.objective(mask).sum()), float(part.scale().sum())
+        missing = total - max(bound for bound, _ in bounds)
+        wanted = max(self.rel_gap * abs(total), ABSOLUTE_GAP * scale)
+        return missing > wanted and _unit(total, scale) < unit / 2
 
     def _reformulates(self, part: MaskProblem) -> bool:
         if not isinstance(part.pattern, CellPattern):
@@ -351,8 +371,8 @@ class _Program:
     constraints
         Of the pattern.
     unit
-        Loss of the start, or a thousandth of ``trace(Q) + sum |linear|`` if that is larger; 1 if
-        both are 0.
+        Loss of the start, or `_LEAST_UNIT` of ``trace(Q) + sum |linear|`` if that is larger; 1
+        if both are 0.
     missing
         By how much the loss of a mask may be below what ``blocks`` make of it.
     """
@@ -369,18 +389,21 @@ class _Program:
         """The program of all rows of ``problem``, which is on the CPU."""
         weight, gram = problem.weight.double().numpy(), problem.gram.double().numpy()
         linear = np.zeros(problem.shape) if problem.linear is None else problem.linear.numpy()
-        size = float((weight**2 * gram.diagonal()).sum() + np.abs(linear).sum())
-        loss = abs(float(problem.objective(start).sum()))
-        unit = max(loss, _LEAST_UNIT * size) or 1.0
-        pairs = [_factor(w[:, None] * gram * w / unit) for w in weight]
-        missing = sum(missing for _, missing in pairs)
+        unit = _unit(float(problem.objective(start).sum()), float(problem.scale().sum()))
+        forms = [w[:, None] * gram * w / unit for w in weight]
+        # x_i^2 = x_i: the linear term pays for what makes a rounded Gram matrix semi-definite.
+        shifts = [max(0.0, -float(np.linalg.eigvalsh(form)[0])) for form in forms]
         d = problem.shape[1]
+        pairs = [
+            _factor(form + shift * np.eye(d)) for form, shift in zip(forms, shifts, strict=True)
+        ]
+        missing = sum(missing for _, missing in pairs)
         return cls(
             blocks=[
                 _Block(factor, np.zeros(d), slice(r * d, (r + 1) * d))
                 for r, (factor, _) in enumerate(pairs)
             ],
-            linear=linear.ravel() / unit,
+            linear=(linear / unit - np.array(shifts)[:, None]).ravel(),
             constant=0.0,
             constraints=problem.pattern.constraints(problem.shape),
             unit=unit,
@@ -461,6 +484,11 @@ class _Program:
                 model.addCons(total >= float(lower / size))
             if np.isfinite(upper):
                 model.addCons(total <= float(upper / size))
+
+
+def _unit(loss: float, scale: float) -> float:
+    """What a program is divided by, given its first mask's loss."""
+    return max(abs(loss), _LEAST_UNIT * scale) or 1.0
 
 
 def _factor(matrix: Floats) -> tuple[Floats, float]:

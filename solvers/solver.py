@@ -166,6 +166,8 @@ class Solver(ABC):
         if start is not None:
             mask, objective = _never_worse(search, mask, objective)
         status, bound, scale = outcome.status, None, None
+        if status is Status.LOCAL_OPTIMUM and not torch.equal(mask, outcome.mask):
+            status = Status.FEASIBLE  # of the start nothing was found out
         if outcome.bound is not None:
             status, bound, scale = self._bounded(problem, objective, outcome)
         return MaskSolution(

@@ -108,7 +108,8 @@ class LeastSquares:
         kept = w.masked_fill(~mask, 0.0)
         target = w @ (g if cross is None else cross.double())
         residual = (target - kept @ g).masked_fill(~mask, 0.0)
-        ridge = self.damping * float(g.diagonal().mean())
+        # Of dead inputs alone the mean is 0, and any weights do: the old ones are the nearest.
+        ridge = self.damping * (float(g.diagonal().mean()) or 1.0)
         most = int(mask.sum(dim=1).max()) if len(mask) else 0
         method = self.method
         if method == "auto":

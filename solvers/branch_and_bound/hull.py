@@ -18,7 +18,7 @@ from ..hull.solution import HullProgress
 from ..linear import Linear
 from ..pattern import Pattern
 from ..problem import MaskProblem
-from ..rounding import gamma
+from ..rounding import gamma, negative_part
 from ..solution import ABSOLUTE_GAP
 
 Floats = npt.NDArray[np.float64]
@@ -104,7 +104,7 @@ def solve_over_hull(
     unit = math.ldexp(1.0, math.frexp(total)[1])
     quadratic *= 2 / unit
     linear = linear / unit
-    made = _error_of_form(problem, quadratic)
+    made = _error_of_form(problem, quadratic) + _convexify(problem, quadratic, linear)
     solution = minimize(
         Quadratic(quadratic, linear),
         None,
@@ -120,6 +120,27 @@ def solve_over_hull(
     solution = replace(solution, bound=solution.bound - made)
     mask = torch.from_numpy(solution.x < 0.5).view(rows, d).to(problem.device)
     return mask, solution, unit
+
+
+def _convexify(problem: MaskProblem, quadratic: Floats, linear: Floats) -> float:
+    """Make ``x^T Q x / 2 + l^T x`` convex, in place, without changing it where x is binary.
+
+    A rounded Gram matrix may have negative eigenvalues, in float32 far beyond the rounding of
+    float64. With ``s`` its `negative_part`, ``(1 + s) Q_jj`` in place of ``Q_jj`` mends that, and
+    ``l_j - s Q_jj / 2`` pays for it.
+
+    Returns
+    -------
+    float
+        By how much rounding may have changed the value of a mask.
+    """
+    shift = negative_part(problem.gram.double().cpu())
+    if not shift:
+        return 0.0
+    added = shift * quadratic.diagonal()
+    np.fill_diagonal(quadratic, quadratic.diagonal() + added)
+    linear -= added / 2
+    return gamma(4) * float(quadratic.diagonal().sum() + np.abs(linear).sum())
 
 
 def _error_of_form(problem: MaskProblem, quadratic: Floats) -> float:

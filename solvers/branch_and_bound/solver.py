@@ -22,7 +22,7 @@ from ..semidefinite.solver import Semidefinite, too_large
 from ..semidefinite.witness import ConvexForm
 from ..solution import Evidence, Status, TracePoint
 from ..solver import Outcome, Search, Solver, warm_up
-from ..standing import Incumbent, Standing
+from ..standing import Incumbent, Standing, least_seconds
 from .branching import Branching
 from .hull import solve_over_hull
 from .subtrees import Subtrees
@@ -127,7 +127,8 @@ class BranchAndBound(Solver):
             if closed[unit] or clock.expired:
                 finished = finished and closed[unit]
                 continue
-            began, part = clock.seconds, clock.part(1 / (len(units) - unit))
+            began, still = clock.seconds, closed[unit:].count(False)
+            part = clock.part(1 / still, least=least_seconds(len(rows) * search.problem.shape[1]))
             incumbent = Incumbent(search.problem.rows(rows), standing.mask[rows], part)
             x = standing.relaxed[rows].flatten().cpu().numpy()
             root_gap, result = self._solve_part(incumbent, x, part)

@@ -103,7 +103,8 @@ class Joint(Solver):
 
     def _damped(self, gram: Tensor) -> Tensor:
         damped = gram.clone()
-        damped.diagonal().add_(self.damping * gram.diagonal().mean())
+        mean = float(gram.diagonal().mean()) or 1.0  # of dead inputs alone: any weights will do
+        damped.diagonal().add_(self.damping * mean)
         return damped
 
     def _loss(self, weight: Tensor, gram: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..problem import MaskProblem
 from ..registry import register
 from ..solution import Evidence, Status
 from ..solver import Outcome, Search, Solver
-from ..standing import Incumbent, Standing
+from ..standing import Incumbent, Standing, least_seconds
 from ..swap import Swap
 from .ascent import Bounded, Effort, ascend, strengthen
 from .cuts import Array
@@ -147,7 +147,8 @@ class Semidefinite(Solver):
             if clock.expired:
                 return None
             rows = units[unit]
-            part = clock.part(1 / -(-(len(units) - unit) // workers), self.row_seconds)
+            least = least_seconds(len(rows) * problem.shape[1])
+            part = clock.part(1 / -(-(len(units) - unit) // workers), self.row_seconds, least)
             incumbent = Incumbent(problem.rows(rows), standing.mask[rows], part)
             program = BinaryProgram.of(incumbent.problem)
             result = strengthen(

@@ -5,7 +5,17 @@ import pytest
 import torch
 from helpers import make_problem, random_mask
 
-from solvers import NM, InvalidInput, LeastSquares, PerLayer, PerRow, Status, solve, updated_loss
+from solvers import (
+    NM,
+    InvalidInput,
+    LeastSquares,
+    MaskProblem,
+    PerLayer,
+    PerRow,
+    Status,
+    solve,
+    updated_loss,
+)
 from solvers.joint.kernel import _sweep
 from solvers.joint.search import _tableaux
 
@@ -87,3 +97,16 @@ def test_limits_are_kept_and_said():
     assert found.stats["swaps"] <= 4
     with pytest.raises(InvalidInput, match="max_swaps=0"):
         solve(problem, "joint", max_swaps=0)
+
+
+def test_of_dead_inputs_alone_any_mask_will_do():
+    problem = MaskProblem(torch.ones(2, 4), torch.zeros(4, 4), PerRow(keep=4))
+    assert bool(solve(problem, "joint").mask.all())
+
+
+def test_a_start_that_is_given_back_is_no_local_optimum():
+    problem = make_problem(2, 12, PerRow(sparsity=0.5), seed=4)
+    start = solve(problem, "swap").mask  # best without an update of the weights
+    found = solve(problem, "joint", start=start)
+    assert torch.equal(found.mask, start)
+    assert found.status is Status.FEASIBLE

@@ -7,6 +7,7 @@ import torch
 from helpers import make_problem
 
 from solvers import NM, InvalidInput, Linear, PerLayer, PerRow, available, solve
+from solvers.clock import Clock
 
 LIMIT = 2.0
 SOLVERS = [info.name for info in available() if info.unavailable is None and info.name != "dsnot"]
@@ -58,3 +59,11 @@ def test_whole_coefficients_of_any_size_keep_the_limit():
     solution = solve(problem, "branch_and_bound", time_limit=LIMIT)
     assert time.perf_counter() - began <= 2 * LIMIT + 2
     assert not bool(solution.mask[0, :10].any())
+
+
+def test_a_part_of_a_clock_has_its_least_but_never_more_than_is_left():
+    clock = Clock(100.0)
+    assert clock.part(0.01).remaining <= 1.0
+    assert 4.9 < clock.part(0.01, least=5.0).remaining <= 5.0
+    assert clock.part(0.5, least=500.0).remaining <= 100.0
+    assert clock.part(0.5, most=2.0, least=5.0).remaining <= 2.0

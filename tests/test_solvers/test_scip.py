@@ -212,3 +212,26 @@ def test_that_nothing_is_feasible_is_not_believed_against_a_mask():
 def test_senseless_options_are_refused(option, message):
     with pytest.raises(InvalidInput, match=message):
         solve(make_problem(1, 4, PerRow(keep=2)), "scip", **option)
+
+
+def test_an_optimum_of_zero_closes_whatever_the_start_costs():
+    weight = torch.tensor([[1.0, -1.0, 3.0, 1.0]])
+    gram = torch.ones(4, 4) + torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    pattern = Linear([[1.0, 1.0, 1.0, 1.0]], 2.0, 2.0)
+    start = torch.tensor([[True, True, False, False]])
+    linear = torch.tensor([[1e-3, -1e-3, 0.0, 0.0]])
+    solution = solve(MaskProblem(weight, gram, pattern, linear), "scip", start=start)
+    assert solution.mask.tolist() == [[False, False, True, True]]
+    assert solution.status is Status.OPTIMAL
+
+
+@pytest.mark.parametrize("solver", ["scip", "branch_and_bound"])
+def test_a_gram_matrix_rounded_to_float32_is_convex_enough(solver):
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(6, 1, generator=generator)
+    weight = torch.randn(1, 6, generator=generator)
+    problem = MaskProblem(weight, inputs @ inputs.T, Linear(torch.ones(1, 6), 3.0, 3.0))
+    assert float(torch.linalg.eigvalsh(problem.gram.double())[0]) < -1e-9
+    solution = solve(problem, solver)
+    assert solution.status is Status.OPTIMAL
+    assert float(solution.objective.sum()) == pytest.approx(optimum(problem), abs=1e-9)

@@ -105,3 +105,10 @@ def test_nothing_kept_and_everything_kept():
     none = torch.zeros(3, 8, dtype=torch.bool)
     assert not bool(LeastSquares()(problem.weight, problem.gram, none).any())
     assert torch.allclose(LeastSquares()(problem.weight, problem.gram, ~none), problem.weight)
+
+
+def test_of_dead_inputs_alone_the_kept_weights_stay():
+    weight, mask = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[True, False, True]])
+    for method in ("cholesky", "cg"):
+        updated = LeastSquares(method=method)(weight, torch.zeros(3, 3), mask)
+        assert updated.tolist() == [[1.0, 0.0, 3.0]]
