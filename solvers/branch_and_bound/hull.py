@@ -18,7 +18,7 @@ from ..hull.solution import HullProgress
 from ..linear import Linear
 from ..pattern import Pattern
 from ..problem import MaskProblem
-from ..rounding import gamma, negative_part
+from ..rounding import gamma
 from ..solution import ABSOLUTE_GAP
 
 Floats = npt.NDArray[np.float64]
@@ -134,7 +134,7 @@ def _convexify(problem: MaskProblem, quadratic: Floats, linear: Floats) -> float
     float
         By how much rounding may have changed the value of a mask.
     """
-    shift = negative_part(problem.gram.double().cpu())
+    shift = problem.negative_part()
     if not shift:
         return 0.0
     added = shift * quadratic.diagonal()
