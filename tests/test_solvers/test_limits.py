@@ -6,7 +6,17 @@ import pytest
 import torch
 from helpers import make_problem
 
-from solvers import NM, InvalidInput, Linear, PerLayer, PerRow, available, solve
+from solvers import (
+    NM,
+    InvalidInput,
+    Linear,
+    MaskProblem,
+    PerLayer,
+    PerRow,
+    Status,
+    available,
+    solve,
+)
 from solvers.clock import Clock
 
 LIMIT = 2.0
@@ -67,3 +77,17 @@ def test_a_part_of_a_clock_has_its_least_but_never_more_than_is_left():
     assert 4.9 < clock.part(0.01, least=5.0).remaining <= 5.0
     assert clock.part(0.5, least=500.0).remaining <= 100.0
     assert clock.part(0.5, most=2.0, least=5.0).remaining <= 2.0
+
+
+@pytest.mark.parametrize("d", [64, 256])
+@pytest.mark.parametrize("solver", ["semidefinite", "branch_and_bound", "scip", "cvxpy"])
+def test_rows_that_can_be_pruned_at_no_loss_are_closed_at_once(solver, d):
+    plain = make_problem(2, d, PerRow(keep=d // 2), seed=4)
+    gram = plain.gram.clone()
+    gram[: d // 2] = gram[:, : d // 2] = 0.0  # dead inputs, as many as are to be pruned
+    solution = solve(MaskProblem(plain.weight, gram, plain.pattern), solver)
+    assert solution.objective.tolist() == solution.bound.tolist() == [0.0, 0.0]
+    assert solution.gap.tolist() == [0.0, 0.0]
+    assert solution.stats.get("rounds", 0) == 0
+    if solver != "cvxpy":  # which states no gap that it wants
+        assert solution.status is Status.OPTIMAL

@@ -6,6 +6,7 @@ import torch
 from helpers import KINDS, like_bound, make_problem, optimum, problems, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instances import draw
 
 from solvers import NM, Evidence, InvalidInput, Linear, MaskProblem, PerLayer, PerRow, Status, solve
 from solvers.clock import Clock
@@ -235,3 +236,10 @@ def test_a_gram_matrix_rounded_to_float32_is_convex_enough(solver):
     solution = solve(problem, solver)
     assert solution.status is Status.OPTIMAL
     assert float(solution.objective.sum()) == pytest.approx(optimum(problem), abs=1e-9)
+
+
+def test_what_makes_a_rounded_gram_matrix_convex_is_paid_for():
+    problem = draw(196).problem  # of rank 1, in float32, under two mixed constraints
+    solution = solve(problem, "scip")
+    assert solution.status is Status.OPTIMAL
+    assert float(solution.gap) <= 1e-4
