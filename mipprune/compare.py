@@ -250,7 +250,8 @@ def compare(
         except InvalidInput as error:
             refused[name] = str(error)
     _check_any_left(chosen, refused)
-    scale = problem.scale()
+    # Of each row the smallest: no two numbers count as equal that do not for every mask.
+    scale = torch.stack([problem.scale(found.mask) for found in solutions.values()]).amin(dim=0)
     return Comparison(
         settings={
             "solvers": list(chosen),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .estimates import eigen_seconds
 from .options import option
 from .pattern import NM, PerLayer, PerRow
 from .registry import register
@@ -57,6 +58,9 @@ class Alps(Solver):
     def _search(self, search: Search) -> Outcome:
         problem, clock = search.problem, search.clock
         pattern = problem.pattern
+        if clock.remaining < eigen_seconds(problem.shape[1]):
+            first = pattern.round(problem.weight.double() ** 2 * problem.gram.diagonal().double())
+            return Outcome(first, Status.TIME_LIMIT, stats={"iterations": 0, "rho": self.rho})
         gram = problem.gram.double().clone()
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
         norm = gram.diagonal().sqrt()

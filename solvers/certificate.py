@@ -82,7 +82,7 @@ class Verified:
     objective, bound
         What the mask loses, and what no allowed mask loses less than.
     scale
-        What the two numbers are made of, `MaskProblem.scale`.
+        What the two numbers are made of, `MaskProblem.scale` of the mask.
     """
 
     row: int | None

@@ -256,7 +256,7 @@ def _prove(problem: Problem, c: Claim, size: int | None, keep: int, exact: bool)
             proven = ball.proven(weight, gram, linear, c, CUTS, removed, leaders, most)
         else:
             proven = _value(c, most) if _is_semidefinite(weight, gram, linear, c, size) else None
-        scale = float(weight**2 @ gram.diagonal() + abs(linear).sum())
+        scale = float(w**2 @ block.diagonal() + abs(linear[removed]).sum())
     if proven is None:
         raise Refused("the witness' matrix is not positive semi-definite, so it proves nothing.")
     if not np.isfinite([proven, loss, unsure, scale]).all():

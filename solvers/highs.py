@@ -60,9 +60,11 @@ _clock: ContextVar[Clock | None] = ContextVar("clock", default=None)
 def within(clock: Clock) -> Iterator[None]:
     """Programs solved in this context raise `TimeUp` when the clock has run out.
 
-    The context belongs to the thread, so that oracles need no argument for it.
+    The context belongs to the thread, so that oracles need no argument for it. Of contexts in one
+    another, the one that ends first counts.
     """
-    token = _clock.set(clock)
+    outer = _clock.get()
+    token = _clock.set(clock if outer is None or clock.remaining < outer.remaining else outer)
     try:
         yield
     finally:

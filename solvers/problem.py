@@ -24,10 +24,13 @@ from .arrays import ArrayLike, matrix, truths
 from .errors import InvalidInput
 from .files import replaced_on_success
 from .pattern import Pattern
-from .rounding import negative_part
+from .rounding import gamma, negative_part
 
 _OBJECTIVE_CHUNK = 1 << 24
 """Entries of a float64 block of rows while an objective is computed (128 MiB)."""
+
+LEAST = 1e-270
+"""Scale of a row, at least, unless it is 0: products of its numbers do not underflow."""
 
 LARGEST = {"weight": 1e70, "gram": 1e140, "linear": 1e140}
 """Absolute values up to which no loss, nor what a solver makes of it, leaves float64."""
@@ -62,8 +65,9 @@ class MaskProblem:
     Raises
     ------
     InvalidInput
-        If shapes do not fit, a value is not finite or above `LARGEST`, the Gram matrix is not
-        symmetric positive semi-definite beyond rounding, or the pattern cannot hold for this shape.
+        If shapes do not fit, a value is not finite or above `LARGEST`, a row's losses underflow,
+        the Gram matrix is not symmetric positive semi-definite beyond rounding, or the pattern
+        cannot hold for this shape.
     """
 
     weight: Tensor
@@ -103,6 +107,13 @@ class MaskProblem:
             )
         pattern.check((rows, d))
         self.pattern = pattern
+        scale = self.scale()
+        lost = (scale > 0) & (scale < LEAST)
+        if bool(lost.any()):
+            raise InvalidInput(
+                f"Row {int(lost.nonzero()[0])} loses so little ({float(scale[lost][0]):.3g}) that "
+                "float64 cannot resolve it; scale its weights up."
+            )
         self._negative_part: float | None = None
 
     @property
@@ -147,13 +158,34 @@ class MaskProblem:
         weight = self.weight.double()
         return ((weight @ self.gram.double()) * weight).sum(dim=1)
 
-    def scale(self) -> Tensor:
-        """``trace(Q_r) + sum |linear_r|``, float64 ``[rows]``: what a row's numbers are made of.
+    def scale(self, mask: ArrayLike | None = None) -> Tensor:
+        """``sum w_j^2 G_jj + |linear_j|`` over what a mask prunes, float64 ``[rows]``.
 
-        No objective can be computed more accurately than to some units of rounding of it.
+        What the terms of its objective are: of two numbers that differ by a tiny share of it
+        nobody cares which is right. Over all weights without a mask; with an outlier among the
+        inputs, which good masks keep, that says nothing about their losses.
         """
-        scale = self.weight.double().square() @ self.gram.diagonal().double()
-        return scale if self.linear is None else scale + self.linear.abs().sum(dim=1)
+        pruned = self.weight.double()
+        linear = self.linear
+        if mask is not None:
+            mask = self.as_mask(mask)
+            pruned = pruned.masked_fill(mask, 0.0)
+            linear = None if linear is None else linear.masked_fill(mask, 0.0)
+        scale = pruned.square() @ self.gram.diagonal().double()
+        return scale if linear is None else scale + linear.abs().sum(dim=1)
+
+    def rounding(self, mask: ArrayLike) -> Tensor:
+        """How far `objective` may be from the exact loss of a mask, float64 ``[rows]``.
+
+        ``|G_ij| <= sqrt(G_ii G_jj)`` but for rounding, so that no partial sum is larger than the
+        square of ``sum |w_j| sqrt(G_jj)`` over what is pruned.
+        """
+        mask = self.as_mask(mask)
+        size = self.weight.double().abs() * self.gram.diagonal().double().sqrt()
+        terms = size.masked_fill(mask, 0.0).sum(dim=1).square() * (1 + 1e-4)
+        if self.linear is not None:
+            terms += self.linear.abs().masked_fill(mask, 0.0).sum(dim=1)
+        return gamma(2 * self.shape[1] + 8) * terms
 
     def quadratic_form(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """``Q`` and ``l`` of the summed loss ``x^T Q x + l^T x`` over all weights, row after row.

@@ -36,7 +36,7 @@ _GUARD = 1e-6
 """Taken off SCIP's dual bound, in units of the scaled program, for these violations."""
 
 _LEAST_UNIT = 5e-4
-"""Smallest unit of a program, as a share of ``trace(Q) + sum |linear|``: keeps ``F`` moderate.
+"""Smallest unit of a program, as a share of the start's `MaskProblem.scale`: keeps ``F`` moderate.
 
 The guard is then half of `ABSOLUTE_GAP`, so that an optimum of 0 is recognised as one.
 """
@@ -232,7 +232,7 @@ class Scip(Solver):
 
         The guard is a share of what the start cost, which may be far more than the optimum.
         """
-        total, scale = float(part.objective(mask).sum()), float(part.scale().sum())
+        total, scale = float(part.objective(mask).sum()), float(part.scale(mask).sum())
         missing = total - max(bound for bound, _ in bounds)
         wanted = max(self.rel_gap * abs(total), ABSOLUTE_GAP * scale)
         return missing > wanted and _unit(total, scale) < unit / 2
@@ -371,8 +371,7 @@ class _Program:
     constraints
         Of the pattern.
     unit
-        Loss of the start, or `_LEAST_UNIT` of ``trace(Q) + sum |linear|`` if that is larger; 1
-        if both are 0.
+        Loss of the start, or `_LEAST_UNIT` of its `MaskProblem.scale` if that is larger.
     missing
         By how much the loss of a mask may be below what ``blocks`` make of it.
     """
@@ -389,7 +388,8 @@ class _Program:
         """The program of all rows of ``problem``, which is on the CPU."""
         weight, gram = problem.weight.double().numpy(), problem.gram.double().numpy()
         linear = np.zeros(problem.shape) if problem.linear is None else problem.linear.numpy()
-        unit = _unit(float(problem.objective(start).sum()), float(problem.scale().sum()))
+        own, whole = float(problem.scale(start).sum()), float(problem.scale().sum())
+        unit = _unit(float(problem.objective(start).sum()), own or whole)
         forms = [w[:, None] * gram * w / unit for w in weight]
         # x_i^2 = x_i: the linear term pays for what makes a rounded Gram matrix semi-definite.
         shifts = [max(0.0, -float(np.linalg.eigvalsh(form)[0])) for form in forms]

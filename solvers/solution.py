@@ -12,10 +12,10 @@ from torch import Tensor
 from .certificate import Certificate
 
 ABSOLUTE_GAP = 1e-9
-"""Share of a row's scale (`MaskProblem.scale`) below which objective and bound count as equal.
+"""Share of a mask's scale (`MaskProblem.scale`) below which objective and bound count as equal.
 
-A rounding guard of the bounds is of this size at some 400 inputs; losses that anyone prunes for
-are a thousandth of the scale and more.
+That is of what removing each of its weights alone would cost: losses that anyone prunes for are a
+thousandth of it and more, and the rounding guards of bounds are smaller at some hundred inputs.
 """
 
 
@@ -84,7 +84,8 @@ class MaskSolution:
     evidence
         What the bound rests on (the weakest of the rows'); None without a bound.
     scale
-        Float64, shaped like ``bound``: what "equal" is measured against, see `MaskProblem.scale`.
+        Float64, shaped like ``bound``: what "equal" is measured against, `MaskProblem.scale` of the
+        mask.
         None without a bound.
     status
         Why the solver stopped.
@@ -115,7 +116,8 @@ class MaskSolution:
     def gap(self) -> Tensor | None:
         """``(objective - bound) / |objective|``, float64, shaped like ``bound``; None without.
 
-        0 where the two differ by less than `ABSOLUTE_GAP` of the scale.
+        0 where the two differ by less than `ABSOLUTE_GAP` of the scale; else infinite where the
+        objective is 0 and the bound is not.
         """
         if self.bound is None:
             return None

@@ -16,6 +16,7 @@ from torch import Tensor
 from .certificate import Certificate
 from .clock import Clock
 from .errors import InvalidInput
+from .highs import TimeUp, within
 from .options import checked_options, checked_seed
 from .pattern import Pattern, PerRow
 from .problem import MaskProblem
@@ -156,7 +157,7 @@ class Solver(ABC):
         clock = Clock(time_limit)
         start = self._checked_start(problem, start)
         search = Search(problem, start, clock, checked_seed(seed), callback)
-        outcome = self._search(search)
+        outcome = self._searched(search)
         seconds = clock.seconds
 
         violation = problem.pattern.violation(outcome.mask)
@@ -169,7 +170,7 @@ class Solver(ABC):
         if status is Status.LOCAL_OPTIMUM and not torch.equal(mask, outcome.mask):
             status = Status.FEASIBLE  # of the start nothing was found out
         if outcome.bound is not None:
-            status, bound, scale = self._bounded(problem, objective, outcome)
+            status, bound, scale = self._bounded(problem, mask, objective, outcome)
         return MaskSolution(
             mask=mask,
             objective=objective,
@@ -183,6 +184,21 @@ class Solver(ABC):
             certificates=tuple(outcome.certificates),
         )
 
+    def _searched(self, search: Search) -> Outcome:
+        """The search, whose oracles (`Linear`) end when the clock does."""
+        try:
+            with within(search.clock):
+                return self._search(search)
+        except TimeUp:
+            if search.start is None:
+                raise InvalidInput(
+                    f"Solver '{self.name}' found no mask of {search.problem.pattern} within the "
+                    "time limit; give a start or more time."
+                ) from None
+        bound = trivial_bound(search.problem) if self.gives_bound else None
+        evidence = Evidence.GUARDED if self.gives_bound else None
+        return Outcome(search.start, Status.TIME_LIMIT, bound, evidence)
+
     def _checked_start(self, problem: MaskProblem, start: Tensor | None) -> Tensor | None:
         """A start that follows the pattern; None where none is given and none is needed."""
         if start is not None:
@@ -195,25 +211,32 @@ class Solver(ABC):
         return start
 
     def _bounded(
-        self, problem: MaskProblem, objective: Tensor, outcome: Outcome
+        self, problem: MaskProblem, mask: Tensor, objective: Tensor, outcome: Outcome
     ) -> tuple[Status, Tensor, Tensor]:
-        """Status, bound and scale: the bound is at least the trivial one, the status follows."""
+        """Status, bound and scale; the bound is at least the trivial one, the rest follows.
+
+        ``outcome.evidence`` is weakened where a bound without a witness takes the place of one.
+        """
         assert outcome.bound is not None
         assert outcome.evidence is not None
-        scale = problem.scale()
+        scale, rounding = problem.scale(mask), problem.rounding(mask)
         if problem.pattern.coupled:
-            objective, scale = objective.sum().reshape(1), scale.sum().reshape(1)
+            objective, scale, rounding = (
+                part.sum().reshape(1) for part in (objective, scale, rounding)
+            )
         trivial = trivial_bound(problem)
         bound = torch.maximum(outcome.bound, trivial)
+        if outcome.evidence is Evidence.CERTIFIED and bool((bound > outcome.bound).any()):
+            outcome.evidence = Evidence.GUARDED
         above = bound - objective
-        refuted = above > ABSOLUTE_GAP * scale
+        refuted = above > ABSOLUTE_GAP * scale + rounding
         if outcome.evidence is not Evidence.CLAIMED and bool(refuted.any()):
             raise AssertionError(
                 f"solver '{self.name}' gives a bound that its own mask refutes, "
                 f"by {float(above.max()):.3g}"
             )
         # What is refuted beyond rounding is worth nothing at all.
-        bound = torch.minimum(bound.where(~refuted, trivial), objective)
+        bound = torch.minimum(bound.where(~refuted, trivial), objective - rounding)
         status = outcome.status
         rel_gap = getattr(self, "rel_gap", None)
         if rel_gap is not None:

@@ -76,7 +76,7 @@ class Standing:
         if isinstance(self.problem.pattern, CellPattern):
             first, self.relaxed, self.bound = self._relaxation(search)
         else:  # every call of the oracle is a mixed-integer program
-            first = Wanda().solve(self.problem).mask
+            first = self.problem.pattern.lmo(-Wanda().score(self.problem))
             self.bound = trivial_bound(self.problem)
             self.relaxed = (~first).double()
         self.evidence = [Evidence.GUARDED] * len(self.bound)
@@ -112,8 +112,8 @@ class Standing:
 
     @property
     def scale(self) -> Tensor:
-        """`MaskProblem.scale` of each unit, float64 ``[units]``."""
-        return self._by_unit(self.problem.scale())
+        """`MaskProblem.scale` of each unit's mask, float64 ``[units]``."""
+        return self._by_unit(self.problem.scale(self.mask))
 
     @property
     def total(self) -> float:

@@ -111,7 +111,7 @@ def solve_over_hull(
         PatternDomain(problem.pattern, problem.shape),
         start=1.0 - start.cpu().double().numpy().ravel(),
         rel_gap=rel_gap,
-        abs_gap=ABSOLUTE_GAP * total / unit,
+        abs_gap=ABSOLUTE_GAP * float(problem.scale(start).sum()) / unit,
         time_limit=clock.limit,
         node_limit=max_nodes,
         hull=hull,

@@ -80,6 +80,8 @@ class Joint(Solver):
         if start is None:
             initial = get_solver(self.initial)
             start = initial.solve(problem, time_limit=clock.limit, seed=search.seed).mask
+        if clock.expired:
+            return Outcome(start, Status.TIME_LIMIT, stats={"swaps": 0})
         neighbourhood = problem.pattern.neighbourhood(problem.shape)
         assert neighbourhood is not None
         weight, gram = problem.weight.double().cpu(), problem.gram.double().cpu()

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from ..clock import Clock
-from ..solution import ABSOLUTE_GAP
+from ..estimates import eigen_seconds
 from ..threads import one_blas_thread
 from .cuts import Array
 from .dual import DualAscent, Iterate, Multipliers
@@ -145,7 +145,7 @@ def _ascend(
     start = start or Iterate.zero(program.inputs)
     ascent = DualAscent(program, start)
     known = start.multipliers if warm else Multipliers.of_relaxation(program, first)
-    best = Witness.of(program, known)
+    best = Witness.of(program, known) if warm else Witness.near(program, known)
     best_bound = best.bound(program)
     scale = 0.1 / (program.inputs * (1 + program.ones))
     gaps: list[float] = []
@@ -153,8 +153,10 @@ def _ascend(
     triangles = start.multipliers.cuts.has_triangles
 
     def over() -> bool:
-        small = target - best_bound <= max(rel_gap * abs(target), ABSOLUTE_GAP)
-        return small or rounds >= effort.max_rounds or effort.clock.expired
+        small = target - best_bound <= rel_gap * abs(target)
+        # A round needs three decompositions at least.
+        late = effort.clock.remaining < 3 * eigen_seconds(program.inputs)
+        return small or late or rounds >= effort.max_rounds or effort.clock.expired
 
     while not over():
         early = 0.0 if warm else 3 * 0.95**rounds

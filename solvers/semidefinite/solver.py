@@ -142,9 +142,13 @@ class Semidefinite(Solver):
         """Rows (or a small layer) by eigenvalues, several at a time."""
         problem, clock, units = standing.problem, standing.clock, standing.units
         workers = threads(problem)
+        closed = standing.closed(self.rel_gap).tolist()
+        found = []
+        if not standing.coupled:
+            found = [_prove_relaxation(standing, row) for row in range(len(units)) if closed[row]]
 
         def bounded(unit: int) -> tuple[BinaryProgram, Incumbent, Bounded] | None:
-            if clock.expired:
+            if clock.expired or closed[unit]:
                 return None
             rows = units[unit]
             least = least_seconds(len(rows) * problem.shape[1])
@@ -161,7 +165,6 @@ class Semidefinite(Solver):
             )
             return program, incumbent, result
 
-        found = []
         with ThreadPoolExecutor(workers) as pool:
             for unit, answer in enumerate(pool.map(bounded, range(len(units)))):
                 if answer is not None:

@@ -7,13 +7,12 @@ makes each row's multipliers feasible, and a `Witness` proves what came out.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..clock import Clock
+from ..estimates import cholesky_seconds
 from ..problem import MaskProblem
 from .ascent import Bounded, Effort
 from .barrier import feasible_lengths
@@ -84,7 +83,9 @@ def strengthen_batch(
     rows = Rows.of(problem)
     count, d = rows.shape
     normals = rows.normals()
-    first = _before_proofs(effort.clock, count * _NEWTON_STEPS * _newton_seconds(d, normals))
+    first = _before_proofs(
+        effort.clock, count * _NEWTON_STEPS * _NEWTON_FACTORS * cholesky_seconds(d)
+    )
     search = LowRank(rows, pruned, loss / rows.size, rank_for(d), seed)
     rounds = _search(search, loss / rows.size, effort, first)
     found: list[Bounded | None] = []
@@ -127,14 +128,6 @@ def _search(search: LowRank, target: Tensor, effort: Effort, clock: Clock) -> in
 def rank_for(d: int) -> int:
     """Length of the vectors: more than a solution without cuts needs, and room for cuts."""
     return min(d + 1, 24 + math.ceil(math.sqrt(2 * d)))
-
-
-def _newton_seconds(d: int, normals: Tensor) -> float:
-    """Time of a Newton step, from a factorisation of that size."""
-    trial = torch.eye(d + 1, dtype=torch.float64, device=normals.device)
-    began = time.perf_counter()
-    float(torch.linalg.cholesky(trial)[-1, -1])
-    return _NEWTON_FACTORS * (time.perf_counter() - began)
 
 
 def _proven(

@@ -206,7 +206,9 @@ class _Run:
         """Change by the best swap left, as a share of the loss; NaN if not all was scanned."""
         size = self._loss.abs()
         inside = torch.where(self._best_left == 0, 0.0, self._best_left / size)
-        across = left_across / float(size.sum()) if left_across else 0.0
+        total = float(size.sum())
+        # NaN, where not all was scanned, stays NaN also beside a loss of 0.
+        across = left_across / (total or 1.0) if left_across else 0.0
         return float(torch.tensor([float(inside.min()), across], dtype=torch.float64).min())
 
     def _status(self, left: float) -> Status:
