@@ -7,11 +7,14 @@ float32 in torch, float16 and long doubles float64 in NumPy, whole numbers float
 
 from __future__ import annotations
 
+import numbers as number_types
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.sparse import csr_array, issparse
 from torch import Tensor
 
 from .errors import InvalidInput
@@ -45,13 +48,13 @@ def numbers(
     given = isinstance(values, Tensor)
     tensor = _dense(values if given else _from_numpy(values, name, copy=copy), name)
     if tensor.dtype == torch.bool or tensor.is_complex():
-        raise InvalidInput(f"{name} has type {_short(tensor.dtype)}; give real numbers.")
+        raise InvalidInput(f"{name} has type {short(tensor.dtype)}; give real numbers.")
     if tensor.dtype not in _HELD:
         try:
             tensor = tensor.to(torch.float32 if tensor.is_floating_point() else torch.float64)
         except (RuntimeError, TypeError):
             raise InvalidInput(
-                f"{name} has type {_short(tensor.dtype)}, which torch cannot convert; "
+                f"{name} has type {short(tensor.dtype)}, which torch cannot convert; "
                 "give float32 or float64."
             ) from None
     if device is not None:
@@ -81,8 +84,71 @@ def truths(values: Any, name: str, device: torch.device | None = None) -> Tensor
     given = isinstance(values, Tensor)
     tensor = _dense(values if given else _from_numpy(values, name, truths=True), name)
     if tensor.dtype != torch.bool:
-        raise InvalidInput(f"{name} must be boolean (True = keep), not {_short(tensor.dtype)}.")
+        raise InvalidInput(f"{name} must be boolean (True = keep), not {short(tensor.dtype)}.")
     return tensor if device is None else tensor.to(device)
+
+
+def floats(values: Any, name: str, *, copy: bool = True) -> npt.NDArray[np.float64]:
+    """Float64 in NumPy, of any number of dimensions, with the values of an array.
+
+    Parameters
+    ----------
+    values
+        The array: dense or sparse, of NumPy, SciPy or torch, sequences, or one number.
+    name
+        What to call it in messages.
+    copy
+        Whether it must not share memory with ``values``.
+
+    Raises
+    ------
+    InvalidInput
+        If ``values`` are no real numbers that are there.
+    """
+    if isinstance(values, Tensor):
+        tensor = _dense(values, name)
+        if tensor.is_complex():
+            raise InvalidInput(f"{name} has type {short(tensor.dtype)}; give real numbers.")
+        values = tensor.cpu().double().numpy()
+    array = _asarray(values.toarray() if issparse(values) else values, name)
+    if array.dtype.kind == "O" and all(isinstance(one, number_types.Real) for one in array.flat):
+        try:
+            array = array.astype(np.float64)
+        except (OverflowError, ValueError, TypeError):
+            raise InvalidInput(f"{name} has numbers too large for float64; scale them.") from None
+    if array.dtype.kind not in "fiub":
+        raise InvalidInput(f"{name} has type {array.dtype}; give real numbers.")
+    with np.errstate(over="ignore"):
+        held = array.astype(np.float64, copy=False)
+    return held.copy() if copy and np.may_share_memory(held, array) else held
+
+
+def number(value: Any, name: str) -> float:
+    """A real number as a float, perhaps infinite or NaN; `InvalidInput` if it is none.
+
+    Taken are also arrays and tensors without dimensions.
+    """
+    if isinstance(value, float):
+        return float(value)
+    held = np.zeros(1) if isinstance(value, bool) else floats(value, name, copy=False)
+    if held.ndim:
+        raise InvalidInput(f"{name} is {short(value)}; give one real number.")
+    return float(held)
+
+
+def sparse_rows(values: Any, name: str) -> csr_array:
+    """A float64 copy of a matrix, dense or sparse; `InvalidInput` where it is none."""
+    if issparse(values):
+        if values.dtype.kind not in "fiub":
+            raise InvalidInput(f"{name} has type {values.dtype}; give real numbers.")
+    else:
+        values = floats(values, name)
+    if values.ndim != 2 or values.shape[1] == 0:
+        raise InvalidInput(
+            f"{name} have shape {tuple(values.shape)}; give a non-empty matrix [constraints, "
+            "variables]."
+        )
+    return csr_array(values, dtype=np.float64, copy=True)
 
 
 def _dense(tensor: Tensor, name: str) -> Tensor:
@@ -99,20 +165,9 @@ def _dense(tensor: Tensor, name: str) -> Tensor:
 
 def _from_numpy(values: Any, name: str, *, truths: bool = False, copy: bool = False) -> Tensor:
     """Of an array, or of what NumPy makes one of; may share its memory unless it is to copy."""
-    if isinstance(values, np.ma.MaskedArray):
-        if np.ma.is_masked(values):
-            raise InvalidInput(f"{name} is a masked array with values left out; fill them in.")
-        values = values.data
-    try:
-        array = np.asarray(values)
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[:1]
-        raise InvalidInput(
-            f"{name} is no array of numbers ({''.join(reason).rstrip('.')}); give rows of one "
-            "length."
-        ) from None
+    array = _asarray(values, name)
     if array.ndim == 0:
-        raise InvalidInput(f"{name} is {_short(values)}, not an array; give a matrix.")
+        raise InvalidInput(f"{name} is {short(values)}, not an array; give a matrix.")
     if truths and array.dtype.kind != "b":
         raise InvalidInput(f"{name} must be boolean (True = keep), not {array.dtype}.")
     if not truths and array.dtype.kind not in "fiu":
@@ -128,6 +183,22 @@ def _from_numpy(values: Any, name: str, *, truths: bool = False, copy: bool = Fa
     return torch.from_numpy(held)
 
 
+def _asarray(values: Any, name: str) -> npt.NDArray[Any]:
+    """What NumPy makes an array of, with all values there."""
+    if isinstance(values, np.ma.MaskedArray):
+        if np.ma.is_masked(values):
+            raise InvalidInput(f"{name} is a masked array with values left out; fill them in.")
+        values = values.data
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise InvalidInput(
+            f"{name} is no array of numbers ({''.join(reason).rstrip('.')}); give rows of one "
+            "length."
+        ) from None
+
+
 def _shares(tensor: Tensor, values: Tensor) -> bool:
     """Whether a tensor looks at the memory of the one it was made from."""
     if values.layout != torch.strided or values.device != tensor.device:
@@ -135,6 +206,10 @@ def _shares(tensor: Tensor, values: Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
 
 
-def _short(value: Any) -> str:
-    shown = repr(value)
+def short(value: Any) -> str:
+    """How a value is shown in messages."""
+    try:
+        shown = " ".join(repr(value).split())
+    except ValueError:  # Python does not write whole numbers of thousands of digits
+        shown = f"a huge {type(value).__name__}"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from .arrays import number, short
 from .errors import InvalidInput
+
+
+def _seconds(value: Any) -> float:
+    """A number of any kind, also an array or a tensor without dimensions; or `InvalidInput`."""
+    try:
+        if isinstance(value, (np.ndarray, np.generic, Tensor)):
+            return number(value, "time_limit")
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+            raise TypeError
+        return float(value)
+    except InvalidInput:
+        raise
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise InvalidInput(f"time_limit={short(value)} is no number; give seconds.") from None
 
 
 class Clock:
@@ -24,9 +43,7 @@ class Clock:
 
     def __init__(self, time_limit: float | None = None) -> None:
         if time_limit is not None:
-            if isinstance(time_limit, (bool, str)) or not hasattr(time_limit, "__float__"):
-                raise InvalidInput(f"time_limit={time_limit!r} is no number; give seconds.")
-            time_limit = float(time_limit)
+            time_limit = _seconds(time_limit)
             if not time_limit > 0:
                 raise InvalidInput(
                     f"Time limit {time_limit} s leaves no time; give a positive number."

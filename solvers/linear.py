@@ -9,15 +9,16 @@ relaxation. `Linear.lmo` minimises over the hull (one mixed-integer program per 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse import csr_array, issparse
+from scipy.sparse import csr_array
 from torch import Tensor
 
+from .arrays import floats, sparse_rows
 from .errors import InvalidInput, NoMask
 from .exact_rows import ExactRows
 from .highs import Program, TimeUp, check_time, largest, scaled_cost, time_left
@@ -80,7 +81,7 @@ class Linear(Pattern):
         self._oracle = oracle
         self._spelled = _checked(matrix, lower, upper)
         count = len(self._spelled.lower)
-        self._names = tuple(names or (f"constraint {i}" for i in range(count)))
+        self._names = _checked_names(names) or tuple(f"constraint {i}" for i in range(count))
         if len(self._names) != count:
             raise InvalidInput(f"There are {len(self._names)} names for {count} constraints.")
         self._rows = ExactRows(_widened(self._spelled))
@@ -309,16 +310,12 @@ def _scip(program: Program, cost: Floats, lower: Floats, upper: Floats) -> Float
 
 def _checked(matrix: Any, lower: Bound, upper: Bound) -> Constraints:
     """Read-only float64 copies, or `InvalidInput`."""
-    if isinstance(matrix, Tensor):
-        matrix = matrix.detach().cpu().numpy()
-    if not issparse(matrix):
-        matrix = np.asarray(matrix, dtype=np.float64)
-    if matrix.ndim != 2 or 0 in matrix.shape:
+    matrix = sparse_rows(matrix, "The constraints")
+    if 0 in matrix.shape:
         raise InvalidInput(
             f"The constraints have shape {tuple(matrix.shape)}; give a non-empty matrix "
             "[constraints, weights]."
         )
-    matrix = csr_array(matrix, dtype=np.float64, copy=True)
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     count = matrix.shape[0]
@@ -337,8 +334,21 @@ def _checked(matrix: Any, lower: Bound, upper: Bound) -> Constraints:
     return Constraints(matrix, lower, upper)
 
 
+def _checked_names(names: Any) -> tuple[str, ...]:
+    """Names of constraints, perhaps none, or `InvalidInput`."""
+    if names is None:
+        return ()
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InvalidInput(f"names={names!r} must be a list of one text per constraint.")
+    found = tuple(names)
+    for name in found:
+        if not isinstance(name, str):
+            raise InvalidInput(f"The name {name!r} of a constraint must be text.")
+    return found
+
+
 def _one_per_row(bound: Bound, count: int) -> Floats:
-    values = np.array(bound, dtype=np.float64)
+    values = floats(bound, "A bound")
     if values.shape not in ((), (count,)):
         raise InvalidInput(f"A bound has shape {values.shape}; there are {count} constraints.")
     return np.full(count, values)

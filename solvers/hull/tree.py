@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import floats
 from ..clock import Clock
 from ..errors import InvalidInput
 from ..highs import TimeUp, within
@@ -566,10 +567,7 @@ def _start(
     root = Node(lower, upper, -math.inf, 0, empty)
     if start is None:
         return root
-    try:
-        first = np.array(start, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InvalidInput(f"The start must be {domain.n} finite numbers.") from None
+    first = floats(start, "The start")
     if first.shape != lower.shape or not np.isfinite(first).all():
         raise InvalidInput(f"The start must be {domain.n} finite numbers.")
     if not oracle.contains(first):
