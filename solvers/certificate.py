@@ -190,8 +190,8 @@ def _claim(c: Any) -> checker.Claim:
     try:
         row = whole_number(c.row, "A certificate's row")
         where = f"Row {row}: "
-        scalars = {name: finite_number(getattr(c, name), where + name) for name in _NUMBERS}
-        arrays = {name: _array(getattr(c, name), where + name) for name in _PER_ROW + _PER_CUT}
+        scalars: Any = {name: finite_number(getattr(c, name), where + name) for name in _NUMBERS}
+        arrays: Any = {name: _array(getattr(c, name), where + name) for name in _PER_ROW + _PER_CUT}
         price = None if c.price is None else finite_number(c.price, where + "price")
     except InvalidInput as refused:
         raise InvalidCertificate(str(refused)) from None

@@ -84,7 +84,8 @@ def solve_over_hull(
 ) -> tuple[Tensor, HullSolution, float]:
     """Minimise a problem's summed loss over its pattern.
 
-    Returns the mask (the start where rounding led to one that is not allowed), the search's answer in scaled units, and the unit, a power of two.
+    Returns the mask (the start where rounding led to one that is not allowed), the search's answer
+    in scaled units, and the unit, a power of two.
 
     Raises
     ------

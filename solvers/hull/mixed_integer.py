@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from ..arrays import floats, sparse_rows
 from ..errors import InvalidInput
 from ..highs import Program

@@ -37,7 +37,8 @@ class Quadratic:
     Parameters
     ----------
     matrix
-        Q, ``[n, n]``, dense or scipy.sparse, symmetric positive semi-definite up to rounding errors of 1e-9.
+        Q, ``[n, n]``, dense or scipy.sparse, symmetric positive semi-definite up to rounding
+        errors of 1e-9.
     linear
         ``[n]``; None for zero.
     constant

@@ -567,7 +567,10 @@ def _start(
     root = Node(lower, upper, -math.inf, 0, empty)
     if start is None:
         return root
-    first = floats(start, "The start")
+    try:
+        first = floats(start, "The start")
+    except InvalidInput:
+        raise InvalidInput(f"The start must be {domain.n} finite numbers.") from None
     if first.shape != lower.shape or not np.isfinite(first).all():
         raise InvalidInput(f"The start must be {domain.n} finite numbers.")
     if not oracle.contains(first):
