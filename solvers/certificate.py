@@ -208,7 +208,7 @@ def _array(values: Any, name: str) -> Array:
     if np.ma.isMaskedArray(values):
         raise InvalidInput(f"{name} is a masked array; give one with all values.")
     try:
-        found = np.array(values)
+        found = np.array(values.numpy() if isinstance(values, Tensor) else values)
     except (ValueError, TypeError, RuntimeError, OverflowError):
         raise InvalidInput(f"{name}={short(values)} must be an array of numbers.") from None
     if found.dtype.kind not in "biuf":
