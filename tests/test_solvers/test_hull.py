@@ -555,6 +555,10 @@ class Stated:
         return 2 * (x - 0.3)
 
 
+def stated(name, value):
+    return minimize(Stated(**{name: value}), None, Box.cube(3))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -688,7 +692,7 @@ class Stated:
             for value in (None, np.zeros(3) * 1j, ["1", "2", "3"], [[1.0], [1.0, 2.0]])
         ),
         *(
-            (lambda f=Stated(**{name: value}): minimize(f, None, Box.cube(3)), f"f's {name}")
+            (lambda name=name, value=value: stated(name, value), f"f's {name}")
             for name in ("curvature", "error")
             for value in (5, "a", lambda *_: "a", lambda *_: None)
         ),

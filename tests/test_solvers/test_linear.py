@@ -477,8 +477,8 @@ def test_wrong_constraints_are_refused(arguments, options, message):
 def test_tensors_of_any_kind_are_constraints(dtype):
     matrix = torch.tensor([[1, 0, 2], [0, 3, 0]]).to(dtype)
     plain = Linear([[1, 0, 2], [0, 3, 0]], 0, [2, 3]).to_dict()
-    for given in (matrix, matrix.to_sparse(), matrix.to_sparse_csr()):
-        assert Linear(given, 0, torch.tensor([2, 3])).to_dict() == plain
+    for coefficients in (matrix, matrix.to_sparse()):
+        assert Linear(coefficients, 0, torch.tensor([2, 3])).to_dict() == plain
 
 
 def test_a_mask_that_an_oracle_should_not_have_given_is_replaced_by_the_start(monkeypatch):
