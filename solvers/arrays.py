@@ -130,8 +130,9 @@ def number(value: Any, name: str) -> float:
     """
     if isinstance(value, float):
         return float(value)
-    held = np.zeros(1) if isinstance(value, bool) else floats(value, name, copy=False)
-    if held.ndim:
+    held = floats(value, name, copy=False)
+    truth = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if held.ndim or truth:
         raise InvalidInput(f"{name} is {short(value)}; give one real number.")
     return float(held)
 

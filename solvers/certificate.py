@@ -8,18 +8,23 @@ file format and the way from a `MaskProblem` to that checker.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from . import checker
+from .arrays import short
 from .checker import CUTS
 from .errors import InvalidInput
 from .files import replaced_on_success
+from .options import finite_number, whole_number
 from .pattern import CellPattern
 from .problem import MaskProblem
 
@@ -97,7 +102,7 @@ class Verified:
 
 
 def check(
-    problem: MaskProblem, certificates: Sequence[Certificate], *, exact: bool = False
+    problem: MaskProblem, certificates: Iterable[Certificate], *, exact: bool = False
 ) -> list[Verified]:
     """Verify certificates against a problem.
 
@@ -124,19 +129,33 @@ def check(
         above the proven one or the objective; where rows share a budget, also if a row is missing
         or the prices differ.
     """
-    rows = check_rows(problem, certificates, exact=exact)
-    if problem.pattern.coupled:
+    claims = _claims(certificates)
+    rows = _proven(problem, claims, exact)
+    if not problem.pattern.coupled:
+        return [Verified(c.row, *row) for c, row in zip(claims, rows, strict=True)]
+    try:
         return [Verified(None, *checker.summed(rows))]
-    return [Verified(c.row, *row) for c, row in zip(certificates, rows, strict=True)]
+    except OverflowError:
+        raise InvalidCertificate(_OVERFLOW) from None
 
 
 def check_rows(
-    problem: MaskProblem, certificates: Sequence[Certificate], *, exact: bool = False
+    problem: MaskProblem, certificates: Iterable[Certificate], *, exact: bool = False
 ) -> list[checker.Row]:
     """`check`, row by row also where they share a budget.
 
     Then a row's bound is only its share, ``B_r + price * pruned_r``: the sum of all is a bound.
     """
+    return _proven(problem, _claims(certificates), exact)
+
+
+_OVERFLOW = "The certificates' numbers overflow, so they prove nothing."
+
+
+def _proven(problem: MaskProblem, claims: list[checker.Claim], exact: bool) -> list[checker.Row]:
+    """The checker's answer, its refusals as `InvalidCertificate`."""
+    if not isinstance(exact, (bool, np.bool_)):
+        raise InvalidInput(f"exact={short(exact)} must be True or False.")
     if not isinstance(problem.pattern, CellPattern):
         raise InvalidCertificate(f"The pattern {problem.pattern} has no cells of fixed count.")
     arrays = checker.Problem(
@@ -144,15 +163,60 @@ def check_rows(
         problem.gram.double().cpu().numpy(),
         None if problem.linear is None else problem.linear.double().cpu().numpy(),
     )
-    claims = [checker.Claim(**vars(certificate)) for certificate in certificates]
     try:
-        return checker.prove_rows(arrays, problem.pattern.to_dict(), claims, exact)
+        return checker.prove_rows(arrays, problem.pattern.to_dict(), claims, bool(exact))
     except checker.Refused as refused:
         raise InvalidCertificate(str(refused)) from None
+    except OverflowError:
+        raise InvalidCertificate(_OVERFLOW) from None
     except ModuleNotFoundError as error:
         raise InvalidInput(str(error)) from None
 
 
+def _claims(certificates: Iterable[Certificate]) -> list[checker.Claim]:
+    """What the checker reads of each certificate, in the types that it works with."""
+    if not isinstance(certificates, Iterable):
+        raise InvalidCertificate(f"{short(certificates)} is no list of certificates.")
+    claims = [_claim(one) for one in certificates]
+    for row, count in Counter(claim.row for claim in claims).items():
+        if count > 1:
+            raise InvalidCertificate(f"Row {row} has {count} certificates; give one.")
+    return claims
+
+
+def _claim(c: Any) -> checker.Claim:
+    if not isinstance(c, Certificate):
+        raise InvalidCertificate(f"{short(c)} is no certificate.")
+    try:
+        row = whole_number(c.row, "A certificate's row")
+        where = f"Row {row}: "
+        scalars: Any = {name: finite_number(getattr(c, name), where + name) for name in _NUMBERS}
+        arrays: Any = {name: _array(getattr(c, name), where + name) for name in _PER_ROW + _PER_CUT}
+        price = None if c.price is None else finite_number(c.price, where + "price")
+    except InvalidInput as refused:
+        raise InvalidCertificate(str(refused)) from None
+    return checker.Claim(row=row, price=price, **scalars, **arrays)
+
+
+def _array(values: Any, name: str) -> Array:
+    """An array of plain numbers; which ones and how many is the checker's matter."""
+    if isinstance(values, Tensor):
+        values = values.detach()
+        if values.is_meta or values.layout != torch.strided:
+            raise InvalidInput(f"{name} is a tensor without values of its own; give an array.")
+        values = values.cpu()
+    if np.ma.isMaskedArray(values):
+        raise InvalidInput(f"{name} is a masked array; give one with all values.")
+    try:
+        found = np.array(values.numpy() if isinstance(values, Tensor) else values)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        raise InvalidInput(f"{name}={short(values)} must be an array of numbers.") from None
+    if found.dtype.kind not in "biuf":
+        raise InvalidInput(f"{name}={short(values)} must be an array of numbers.")
+    return found
+
+
+_NUMBERS = ("bound", "offset", "shift")
 _SCALARS = ("row", "bound", "offset", "shift")
 _PER_ROW = ("mask", "diagonal")
 _PER_CUT = ("family", "index", "multiplier")

@@ -177,23 +177,24 @@ class Cvxpy(Solver):
         plain, unit = _quadratics(part)
         x = cp.Variable(part.shape[0] * part.shape[1])
         pruned = (~mask).double().flatten().numpy()
-        if self.relaxation == "qp":
-            status = self._run(_quadratic_program(x, plain, polytope), clock)
+        # A single weight has no products, of which the matrix Y would be made.
+        if self.relaxation == "qp" or part.weight.numel() == 1:
+            status = self._run(_quadratic_program(x, plain, polytope), clock, "qp")
             choices = [plain]
         else:
             program, multipliers = _semidefinite_program(x, plain[0], polytope, self.cuts)
-            status = self._run(program, clock)
+            status = self._run(program, clock, "sdp")
             choices = [plain, [multipliers.minorant(plain[0])]]
         if x.value is not None and np.isfinite(x.value).all():
             pruned = x.value.clip(0, 1)
         bounds = [_bound(part, minorants, polytope, pruned) for minorants in choices]
         return status, torch.from_numpy(pruned).view(part.shape), max(bounds) * unit
 
-    def _run(self, program: Any, clock: Clock) -> str:
+    def _run(self, program: Any, clock: Clock, relaxation: str) -> str:
         """Solve a program of CVXPY's; its status, "user_limit" where the time was up."""
         import cvxpy as cp
 
-        name = self.cvxpy_solver or _SOLVER[self.relaxation]
+        name = self.cvxpy_solver or _SOLVER[relaxation]
         settings = dict(_SETTINGS.get(name, {}))
         if clock.remaining <= 0:
             return str(cp.settings.USER_LIMIT)
@@ -207,7 +208,7 @@ class Cvxpy(Solver):
             if self.cvxpy_solver is None:
                 return str(cp.settings.SOLVER_ERROR)
             raise InvalidInput(
-                f"CVXPY's solver {name} cannot do relaxation '{self.relaxation}' ({error}); "
+                f"CVXPY's solver {name} cannot do relaxation '{relaxation}' ({error}); "
                 "take another."
             ) from error
         if program.status != cp.settings.OPTIMAL and clock.remaining <= 0:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy as np
 
+from .arrays import short
 from .errors import InvalidInput
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ def checked_options(options: Any, whose: str) -> None:
             converted = check(value)
         except _Refused as refusal:
             raise InvalidInput(
-                f"{whose}: option {name}={_short(value)} must be {refusal}."
+                f"{whose}: option {name}={short(value)} must be {refusal}."
             ) from None
         object.__setattr__(options, name, converted)
 
@@ -117,7 +118,7 @@ def checked_seed(seed: Any) -> int:
         return _whole(seed, Range(least=0))
     except _Refused:
         raise InvalidInput(
-            f"seed={_short(seed)} must be a whole number of at least 0 and below 2**63."
+            f"seed={short(seed)} must be a whole number of at least 0 and below 2**63."
         ) from None
 
 
@@ -137,12 +138,7 @@ def _named(convert: Callable[[Any, Range], T], value: Any, name: str, limits: Ra
     try:
         return convert(value, limits)
     except _Refused as refusal:
-        raise InvalidInput(f"{name}={_short(value)} must be {refusal}.") from None
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise InvalidInput(f"{name}={short(value)} must be {refusal}.") from None
 
 
 class _Refused(Exception):

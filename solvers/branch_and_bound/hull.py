@@ -84,7 +84,8 @@ def solve_over_hull(
 ) -> tuple[Tensor, HullSolution, float]:
     """Minimise a problem's summed loss over its pattern.
 
-    Returns the mask, the search's answer in scaled units, and the unit, a power of two.
+    Returns the mask (the start where rounding led to one that is not allowed), the search's answer
+    in scaled units, and the unit, a power of two.
 
     Raises
     ------
@@ -119,6 +120,9 @@ def solve_over_hull(
     )
     solution = replace(solution, bound=solution.bound - made)
     mask = torch.from_numpy(solution.x < 0.5).view(rows, d).to(problem.device)
+    if not problem.pattern.is_feasible(mask):
+        # Only an oracle's tolerance can do that; the bound does not depend on the mask.
+        mask = start.clone()
     return mask, solution, unit
 
 

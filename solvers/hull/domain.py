@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import floats, number
 from ..errors import InvalidInput
+from ..options import whole_number
 from ..rounding import gamma
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -123,6 +125,7 @@ class Box:
     @classmethod
     def cube(cls, n: int) -> Box:
         """All 0/1 vectors of length ``n``."""
+        n = _variables(n)
         return cls(np.zeros(n), np.ones(n))
 
     def lmo(self, direction: Floats, lower: Floats, upper: Floats) -> Floats | None:
@@ -162,8 +165,10 @@ class SumRange:
     ) -> None:
         self.lower, self.upper, self.integer = checked_bounds(lower, upper, integer)
         self.n = len(self.lower)
-        self.least, self.most = float(least), float(most)
-        ends = np.array([least, most, *self.lower, *self.upper], dtype=np.float64)
+        self.least, self.most = number(least, "least"), number(most, "most")
+        if math.isnan(self.least) or math.isnan(self.most):
+            raise InvalidInput("A bound of the sum is NaN; give a number, or infinity for none.")
+        ends = np.array([self.least, self.most, *self.lower, *self.upper], dtype=np.float64)
         ends = ends[np.isfinite(ends)]
         if not (ends == np.rint(ends)).all():
             raise InvalidInput("Sums and bounds must be whole numbers; use MixedInteger otherwise.")
@@ -224,30 +229,33 @@ class Simplex(SumRange):
     """
 
     def __init__(self, n: int, total: int) -> None:
-        super().__init__(total, total, np.zeros(n), np.full(n, float(total)))
+        n, sum_ = _variables(n), number(total, "total")
+        super().__init__(sum_, sum_, np.zeros(n), np.full(n, sum_))
 
 
 class UnitSimplex(SumRange):
     """``x >= 0``, ``sum(x) <= total``, whole."""
 
     def __init__(self, n: int, total: int) -> None:
-        super().__init__(-math.inf, total, np.zeros(n), np.full(n, float(total)))
+        n, most = _variables(n), number(total, "total")
+        super().__init__(-math.inf, most, np.zeros(n), np.full(n, most))
 
 
 class ReverseKnapsack(SumRange):
     """``0 <= x <= upper``, ``sum(x) >= total``, whole; ``upper`` is ``total`` unless given."""
 
     def __init__(self, n: int, total: int, upper: int | None = None) -> None:
-        super().__init__(
-            total, math.inf, np.zeros(n), np.full(n, float(total if upper is None else upper))
-        )
+        n, least = _variables(n), number(total, "total")
+        most = least if upper is None else number(upper, "upper")
+        super().__init__(least, math.inf, np.zeros(n), np.full(n, most))
 
 
 class Hypersimplex(SumRange):
     """0/1 vectors with exactly ``ones`` ones (``at_most``: or fewer)."""
 
     def __init__(self, n: int, ones: int, *, at_most: bool = False) -> None:
-        super().__init__(-math.inf if at_most else ones, ones, np.zeros(n), np.ones(n))
+        n, sum_ = _variables(n), number(ones, "ones")
+        super().__init__(-math.inf if at_most else sum_, sum_, np.zeros(n), np.ones(n))
 
 
 class Birkhoff:
@@ -256,7 +264,7 @@ class Birkhoff:
     def __init__(self, order: int) -> None:
         import scipy.optimize  # noqa: F401 (slow to import: not by those who do without, or later)
 
-        self.order = order
+        self.order = order = whole_number(order, "order", least=1)
         self.lower, self.upper, self.integer = checked_bounds(
             np.zeros(order**2), np.ones(order**2), None
         )
@@ -314,19 +322,25 @@ class Birkhoff:
             return None
 
 
+def _variables(n: int) -> int:
+    return whole_number(n, "n", least=1)
+
+
 def checked_bounds(
     lower: npt.ArrayLike, upper: npt.ArrayLike, integer: npt.ArrayLike | None
 ) -> tuple[Floats, Floats, Bools]:
     """Float64 bounds rounded inwards to whole numbers where they must be, or `InvalidInput`."""
-    low: Any = np.array(lower, dtype=np.float64)
-    up: Any = np.array(upper, dtype=np.float64)
+    low, up = floats(lower, "lower"), floats(upper, "upper")
     if low.ndim != 1 or low.shape != up.shape or len(low) == 0:
         raise InvalidInput(
             f"Bounds have shapes {low.shape} and {up.shape}; give two vectors of one length."
         )
-    whole = np.ones(len(low), dtype=bool) if integer is None else np.array(integer, dtype=bool)
-    if whole.shape != low.shape:
-        raise InvalidInput(f"integer has shape {whole.shape}; it must be {low.shape}.")
+    flags = np.ones(len(low)) if integer is None else floats(integer, "integer")
+    if flags.shape != low.shape:
+        raise InvalidInput(f"integer has shape {flags.shape}; it must be {low.shape}.")
+    whole = flags == 1
+    if not (whole | (flags == 0)).all():
+        raise InvalidInput("integer must say True or False of every variable.")
     if not (np.isfinite(low).all() and np.isfinite(up).all()):
         raise InvalidInput("Bounds must be finite; the search needs a bounded domain.")
     low[whole], up[whole] = np.ceil(low[whole] - 1e-9) + 0.0, np.floor(up[whole] + 1e-9)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import floats, number
 from ..errors import InvalidInput
 from ..rounding import gamma
 from .domain import Floats, Lagrangian, checked_bounds, lowered
@@ -23,18 +24,24 @@ class Knapsack:
     weights
         ``[n]``, whole, non-negative.
     capacity
-        Whole; its product with ``n`` is the memory of a call, in bytes.
+        Whole; more than the sum of the weights is as much as that. Its product with ``n`` is the
+        memory of a call, in bytes.
     """
 
     def __init__(self, weights: npt.ArrayLike, capacity: int) -> None:
-        self.weights = np.array(weights, dtype=np.float64)
+        self.weights = floats(weights, "A knapsack's weights")
         if self.weights.ndim != 1 or not (
-            (self.weights >= 0).all() and (self.weights == np.rint(self.weights)).all()
+            np.isfinite(self.weights).all()
+            and (self.weights >= 0).all()
+            and (self.weights == np.rint(self.weights)).all()
         ):
             raise InvalidInput("A knapsack's weights must be non-negative whole numbers.")
-        if not (math.isfinite(capacity) and capacity == int(capacity)):
-            raise InvalidInput(f"A knapsack's capacity {capacity} must be a whole number.")
-        self.capacity = int(capacity)
+        if not isinstance(capacity, int) or isinstance(capacity, bool):
+            held = number(capacity, "A knapsack's capacity")
+            if not (math.isfinite(held) and held == int(held)):
+                raise InvalidInput(f"A knapsack's capacity {held} must be a whole number.")
+            capacity = int(held)
+        self.capacity = min(capacity, sum(map(int, self.weights.tolist())))
         self.n = len(self.weights)
         self.lower, self.upper, self.integer = checked_bounds(
             np.zeros(self.n), np.ones(self.n), None

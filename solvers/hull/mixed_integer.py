@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array, issparse
 
+from ..arrays import floats, sparse_rows
 from ..errors import InvalidInput
 from ..highs import Program
 from .domain import Floats, Lagrangian, checked_bounds, lowered
@@ -54,13 +54,7 @@ class MixedInteger:
         upper: npt.ArrayLike = 1.0,
         integer: npt.ArrayLike | None = None,
     ) -> None:
-        if not issparse(matrix):
-            matrix = np.asarray(matrix, dtype=np.float64)
-        if matrix.ndim != 2 or matrix.shape[1] == 0:
-            raise InvalidInput(
-                f"The constraints have shape {matrix.shape}; give [constraints, variables]."
-            )
-        rows = csr_array(matrix, dtype=np.float64)
+        rows = sparse_rows(matrix, "The constraints")
         count, self.n = rows.shape
         low, up = _spread("least", least, count), _spread("most", most, count)
         if not np.isfinite(rows.data).all() or np.isnan(low).any() or np.isnan(up).any():
@@ -92,7 +86,7 @@ class MixedInteger:
 
 def _spread(name: str, values: npt.ArrayLike, count: int) -> Floats:
     """``[count]`` from one number for all or one each, or `InvalidInput`."""
-    found = np.asarray(values, dtype=np.float64)
+    found = floats(values, name)
     if found.shape not in ((), (count,)):
         raise InvalidInput(f"{name} has shape {found.shape}; give one number or {count}.")
     return np.array(np.broadcast_to(found, count))

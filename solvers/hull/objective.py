@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..arrays import floats, number, short
 from ..errors import InvalidInput
 from ..rounding import UNIT_ROUNDOFF, factorisation_error, gamma, proves_semidefinite
 from ..solution import Evidence
@@ -36,7 +37,8 @@ class Quadratic:
     Parameters
     ----------
     matrix
-        Q, ``[n, n]``, symmetric positive semi-definite up to rounding errors of 1e-9.
+        Q, ``[n, n]``, dense or scipy.sparse, symmetric positive semi-definite up to rounding
+        errors of 1e-9.
     linear
         ``[n]``; None for zero.
     constant
@@ -57,21 +59,23 @@ class Quadratic:
 
     def __init__(
         self,
-        matrix: npt.ArrayLike,
+        matrix: Any,
         linear: npt.ArrayLike | None = None,
         constant: float = 0.0,
     ) -> None:
-        matrix = np.array(matrix, dtype=np.float64)
+        matrix = floats(matrix, "A quadratic's matrix")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InvalidInput(f"A quadratic's matrix has shape {matrix.shape}; it must be square.")
         self.n = len(matrix)
-        self.linear = np.zeros(self.n) if linear is None else np.array(linear, dtype=np.float64)
-        self.constant = float(constant)
+        self.linear = np.zeros(self.n) if linear is None else floats(linear, "linear")
+        self.constant = number(constant, "constant")
         if self.linear.shape != (self.n,):
             raise InvalidInput(f"linear has shape {self.linear.shape}; it must be ({self.n},).")
         size = float(np.abs(matrix).max(initial=0.0))
         # Half of the largest number and more would overflow where entries are added.
-        if not (size < _LARGEST and np.isfinite(self.linear).all() and math.isfinite(constant)):
+        if not (
+            size < _LARGEST and np.isfinite(self.linear).all() and math.isfinite(self.constant)
+        ):
             raise InvalidInput("A quadratic has NaN or infinite coefficients.")
         if np.abs(matrix - matrix.T).max(initial=0.0) > 1e-9 * size:
             raise InvalidInput("A quadratic's matrix is not symmetric; pass (Q + Q^T) / 2.")
@@ -238,11 +242,15 @@ class Objective:
         own = gradient is None
         gradient = getattr(function, "grad", None) if gradient is None else gradient
         if not callable(function):
-            raise InvalidInput(f"f is {function!r}; it must be a function of a point.")
+            raise InvalidInput(f"f is {short(function)}; it must be a function of a point.")
         if gradient is None or not callable(gradient):
             raise InvalidInput("The function has no gradient; pass grad.")
         if isinstance(function, Quadratic) and function.n != n:
             raise InvalidInput(f"f is on {function.n} variables, but the domain has {n}.")
+        for name in ("curvature", "error"):
+            method = getattr(function, name, None)
+            if method is not None and not callable(method):
+                raise InvalidInput(f"f's {name} is {short(method)}; it must be a method.")
         self._function, self._gradient, self._n = function, gradient, n
         self._curvature: Callable[[Floats], float] | None = getattr(function, "curvature", None)
         self._quadratic: Quadratic | None = None
@@ -287,21 +295,21 @@ class Objective:
 
     def _stated(self, x: Floats) -> float:
         assert self._error is not None
-        error = float(self._error(x))
+        error = number(self._error(x), "f's error")
         if not 0 <= error < math.inf:
             raise InvalidInput(f"f's error is {error}; it must be a finite number from 0 upwards.")
         return error
 
     def value(self, x: Floats) -> float:
         """``f(x)``, finite or `InvalidInput`."""
-        value = float(self._function(x))
+        value = number(self._function(x), "f's value")
         if not math.isfinite(value):
             raise InvalidInput(f"f is {value} inside the domain; it must be finite there.")
         return value
 
     def gradient(self, x: Floats) -> Floats:
         """Gradient at ``x``, float64 ``[n]``, finite or `InvalidInput`."""
-        gradient = np.asarray(self._gradient(x), dtype=np.float64)
+        gradient = floats(self._gradient(x), "grad", copy=False)
         if gradient.shape != (self._n,):
             raise InvalidInput(f"grad has shape {gradient.shape}; it must be ({self._n},).")
         if not np.isfinite(gradient).all():
@@ -321,7 +329,7 @@ class Objective:
             Longest step allowed.
         """
         if self._curvature is not None:
-            curvature = float(self._curvature(direction))
+            curvature = number(self._curvature(direction), "f's curvature")
             return limit if curvature * limit <= -slope else -slope / curvature
         end = float(self.gradient(x + limit * direction) @ direction)
         if end <= 0:

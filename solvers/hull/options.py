@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import short
 from ..errors import InvalidInput
 from .branching import RULES
 from .domain import Domain
@@ -80,8 +81,12 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _check_number(name: str, value: object, least: float) -> None:
     real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-    if not real or not least <= float(value) < math.inf:  # type: ignore[arg-type]
-        raise InvalidInput(f"{name}={value!r} must be a finite number from {least:g} upwards.")
+    try:
+        fits = real and least <= float(value) < math.inf  # type: ignore[arg-type]
+    except OverflowError:
+        fits = False
+    if not fits:
+        raise InvalidInput(f"{name}={short(value)} must be a finite number from {least:g} upwards.")
 
 
 def _check_count(name: str, value: object, least: int) -> None:
@@ -89,4 +94,4 @@ def _check_count(name: str, value: object, least: int) -> None:
         return
     whole = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
     if not whole or int(value) < least:  # type: ignore[call-overload]
-        raise InvalidInput(f"{name}={value!r} must be a whole number from {least} upwards.")
+        raise InvalidInput(f"{name}={short(value)} must be a whole number from {least} upwards.")

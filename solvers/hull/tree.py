@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import floats
 from ..clock import Clock
 from ..errors import InvalidInput
 from ..highs import TimeUp, within
@@ -567,8 +568,8 @@ def _start(
     if start is None:
         return root
     try:
-        first = np.array(start, dtype=np.float64)
-    except (TypeError, ValueError):
+        first = floats(start, "The start")
+    except InvalidInput:
         raise InvalidInput(f"The start must be {domain.n} finite numbers.") from None
     if first.shape != lower.shape or not np.isfinite(first).all():
         raise InvalidInput(f"The start must be {domain.n} finite numbers.")

@@ -407,3 +407,74 @@ def test_a_price_is_no_excuse_for_counts_of_ones_own(case, layer):
     problem, certificates, _ = case
     with pytest.raises(InvalidCertificate, match="has a price"):
         check(problem, [dataclasses.replace(certificates[0], price=0.0)])
+
+
+STRANGE = [
+    None,
+    "x",
+    [1, 2],
+    10**400,
+    10**5000,
+    1j,
+    np.array([1.0, 2.0]),
+    Fraction(1, 2),
+    np.nan,
+    {},
+    torch.tensor([1.0]),
+    torch.zeros(3, device="meta"),
+    np.ma.array([1.0, 2.0], mask=[0, 1]),
+    [[1], [1, 2]],
+    True,
+    -1,
+]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Certificate)])
+def test_whatever_a_certificate_holds_is_refused_in_a_sentence(case, layer, name, exact):
+    for problem, certificates, _ in (case, layer):
+        for value in STRANGE:
+            changed = dataclasses.replace(certificates[0], **{name: value})
+            if (name == "bound" and value is STRANGE[-1]) or (name == "price" and value is None):
+                continue  # lower than what is proven; no price
+            with pytest.raises(InvalidCertificate) as caught:
+                check(problem, [changed, *certificates[1:]], exact=exact)
+            assert len(str(caught.value)) < 250
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_numbers_that_overflow_prove_nothing(case, exact):
+    problem, certificates, _ = case
+    huge = dataclasses.replace(
+        certificates[0],
+        offset=-1.7e308,
+        family=np.array([2]),
+        index=np.array([[0, 1, 2]]),
+        multiplier=np.array([1.7e308]),
+    )
+    with pytest.raises(InvalidCertificate):
+        check(problem, [huge], exact=exact)
+
+
+def test_only_a_list_of_certificates_is_one(case):
+    problem, certificates, _ = case
+    for wrong in (None, "abc", [1, 2], 3, certificates[0], [None]):
+        with pytest.raises(InvalidCertificate, match="is no"):
+            check(problem, wrong)
+    with pytest.raises(InvalidCertificate, match=f"Row {certificates[1].row} has 2 certificates"):
+        check(problem, [*certificates, certificates[1]])
+    with pytest.raises(InvalidInput, match="exact='yes' must be"):
+        check(problem, certificates, exact="yes")
+    assert check(problem, iter(certificates)) == check(problem, certificates)
+
+
+def test_tensors_and_lists_are_arrays(case):
+    problem, certificates, _ = case
+    names = ("mask", "diagonal", "family", "index", "multiplier")
+    as_tensors = [
+        dataclasses.replace(c, **{n: torch.as_tensor(getattr(c, n)) for n in names})
+        for c in certificates
+    ]
+    as_lists = [dataclasses.replace(c, mask=c.mask.tolist()) for c in certificates]
+    assert check(problem, as_tensors) == check(problem, as_lists) == check(problem, certificates)

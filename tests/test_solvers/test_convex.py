@@ -169,3 +169,12 @@ def test_what_it_cannot_do_is_said():
         solve(row, "cvxpy", cvxpy_solver="nonsense")
     with pytest.raises(InvalidInput, match="OSQP cannot do relaxation 'sdp'"):
         solve(row, "cvxpy", relaxation="sdp", cvxpy_solver="OSQP")
+
+
+@pytest.mark.parametrize("options", RELAXATIONS, ids=str)
+@pytest.mark.parametrize("pattern", [PerRow(keep=0), PerRow(keep=1), PerLayer(keep=0)], ids=str)
+def test_rows_of_one_input_are_solved(pattern, options):
+    solution = solve(MaskProblem([[3.0]], [[2.0]], pattern), "cvxpy", **options)
+    loss = 18.0 * (pattern.constraints((1, 1)).upper[0] == 0)
+    assert solution.objective.tolist() == [loss]
+    assert float(solution.bound.sum()) == pytest.approx(loss, abs=1e-9)

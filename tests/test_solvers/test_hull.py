@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 from solvers import InvalidInput, Status
 from solvers.highs import TimeUp
@@ -541,6 +542,23 @@ class Misshapen(Box):
         self.upper = np.ones(2)
 
 
+class Stated:
+    """A square that says more of itself."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def __call__(self, x):
+        return float((x - 0.3) @ (x - 0.3))
+
+    def grad(self, x):
+        return 2 * (x - 0.3)
+
+
+def stated(name, value):
+    return minimize(Stated(**{name: value}), None, Box.cube(3))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -606,6 +624,78 @@ class Misshapen(Box):
         (lambda: Box([0], [1, 2]), "shapes"),
         (lambda: SumRange(0.5, 2, [0], [1]), "whole"),
         (lambda: Knapsack([1.5], 2), "whole"),
+        *(
+            (lambda make=make, values=values: make(values), words)
+            for make in (
+                Quadratic,
+                lambda v: Quadratic(np.eye(2), v),
+                lambda v: Box(v, [1, 1]),
+                lambda v: SumRange(0, 1, [0, 0], v),
+                lambda v: Knapsack(v, 1),
+                lambda v: MixedInteger(v, 0, 1),
+                lambda v: MixedInteger([[1, 1]], v, 2),
+            )
+            for values, words in (
+                (np.ma.array([[1.0, 2.0]], mask=[[True, False]]), "left out"),
+                ([["a", "b"]], "real numbers"),
+                ([["1", "2"]], "real numbers"),
+                ([[1j, 2.0]], "real numbers"),
+                ([[1.0, 2.0], [1.0]], "rows of one length"),
+                ([[10**400, 1]], "too large"),
+                ([[None, 1.0]], "real numbers"),
+            )
+        ),
+        *(
+            (lambda value=value: Box([0], [1], integer=value), "integer")
+            for value in ([2], ["x"], [None], [math.nan], [True, False])
+        ),
+        (lambda: Quadratic(np.eye(2), None, None), "constant"),
+        (lambda: Quadratic(np.eye(2), None, 10**400), "constant"),
+        *(
+            (lambda make=make, n=n: make(n), "must be a whole number of at least 1")
+            for make in (
+                Box.cube,
+                Birkhoff,
+                lambda n: Simplex(n, 2),
+                lambda n: UnitSimplex(n, 2),
+                lambda n: ReverseKnapsack(n, 2),
+                lambda n: Hypersimplex(n, 2),
+            )
+            for n in (-1, 0, 2.5, "2", None)
+        ),
+        *(
+            (lambda value=value: SumRange(value, 2, [0, 0], [1, 1]), words)
+            for value, words in (
+                (math.nan, "NaN"),
+                (None, "least"),
+                ("1", "least"),
+                (1j, "least"),
+                ([1, 2], "least"),
+                (True, "least"),
+                (10**400, "least"),
+            )
+        ),
+        (lambda: SumRange(0, math.nan, [0, 0], [1, 1]), "NaN"),
+        (lambda: Simplex(2, "2"), "total"),
+        (lambda: Knapsack([math.inf, 1], 3), "whole"),
+        (lambda: Knapsack([1, 2], None), "capacity"),
+        *(
+            (lambda value=value: minimize(SQUARE, None, Box.cube(3), rel_gap=value), "rel_gap=")
+            for value in (10**400, 10**5000)
+        ),
+        *(
+            (lambda value=value: minimize(lambda x: value, SQUARE.grad, Box.cube(3)), "f's value")
+            for value in (None, "1", 1j, np.zeros(3), 10**400)
+        ),
+        *(
+            (lambda value=value: minimize(SQUARE, lambda x: value, Box.cube(3)), "grad")
+            for value in (None, np.zeros(3) * 1j, ["1", "2", "3"], [[1.0], [1.0, 2.0]])
+        ),
+        *(
+            (lambda name=name, value=value: stated(name, value), f"f's {name}")
+            for name in ("curvature", "error")
+            for value in (5, "a", lambda *_: "a", lambda *_: None)
+        ),
         (lambda: MixedInteger([[np.nan]], 0, 1), "NaN"),
     ],
 )
@@ -637,3 +727,16 @@ class OnlyHull:
         self.n, self.integer = domain.n, domain.integer
         self.lower, self.upper = domain.lower, domain.upper
         self.lmo = domain.lmo
+
+
+def test_a_knapsack_has_room_for_all_its_weights_at_most():
+    f = Quadratic(csr_array(np.eye(2)), [-1.0, -1.0])
+    for capacity in (10**13, 10**400):
+        assert minimize(f, None, Knapsack([1, 2], capacity)).x.tolist() == [1.0, 1.0]
+    assert Knapsack([1, 2], np.int64(2)).capacity == 2
+    assert sorted(minimize(f, None, Knapsack([1, 2], 2.0)).x.tolist()) == [0.0, 1.0]
+
+
+def test_a_number_may_be_an_array_without_dimensions():
+    domain = SumRange(np.array(1.0), np.int64(1), [0, 0], np.array([1, 1]), integer=[1, 0])
+    assert (domain.least, domain.most, domain.integer.tolist()) == (1.0, 1.0, [True, False])

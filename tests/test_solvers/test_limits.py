@@ -1,7 +1,10 @@
 """Time limits are kept by every solver on every kind of problem, with whatever must be set up."""
 
 import time
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_problem
@@ -91,3 +94,37 @@ def test_rows_that_can_be_pruned_at_no_loss_are_closed_at_once(solver, d):
     assert solution.stats.get("rounds", 0) == 0
     if solver != "cvxpy":  # which states no gap that it wants
         assert solution.status is Status.OPTIMAL
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        np.array([1.0, 2.0]),
+        np.array([1.0]),
+        np.array("a"),
+        np.bool_(True),
+        np.complex128(1),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor(1j),
+        torch.tensor(True),
+        torch.tensor(1.0, device="meta"),
+        10**400,
+        10**5000,
+        Decimal("sNaN"),
+        1j,
+        True,
+        "1",
+        [1.0],
+    ],
+    ids=lambda limit: type(limit).__name__,
+)
+def test_what_is_no_number_of_seconds_is_refused(limit):
+    with pytest.raises(InvalidInput, match=r"^time_limit.*; (give|load) .*[.]$"):
+        Clock(limit)
+
+
+@pytest.mark.parametrize(
+    "limit", [np.array(2.0), np.int64(2), torch.tensor(2), Fraction(2), Decimal(2)], ids=repr
+)
+def test_numbers_of_any_kind_are_seconds(limit):
+    assert 1 < Clock(limit).remaining <= 2

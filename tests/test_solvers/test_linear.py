@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import pickle
@@ -8,13 +9,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import make_problem
+from helpers import make_problem, optimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import coo_array, csc_array
 
 import solvers.highs
 from solvers import InvalidInput, Linear, MaskProblem, Outcome, Pattern, Solver, Status, solve
+from solvers.branch_and_bound import hull
 from solvers.branch_and_bound.hull import PatternDomain
 from solvers.clock import Clock
 from solvers.errors import NoMask
@@ -449,12 +451,53 @@ def test_the_description_is_json():
         (([[1.0, 2.0]], np.inf, np.inf), {}, "No mask"),
         (([[1.0, 2.0]], 4, 5), {"names": ["memory"]}, r"No mask satisfies .*\(memory\)"),
         (([[1.0, 2.0]], 0, 1), {"names": ["a", "b"]}, "2 names for 1 constraints"),
+        ((np.ma.array([[1.0, 2.0]], mask=[[0, 1]]), 0, 1), {}, "left out"),
+        (([["a", "b"]], 0, 1), {}, "real numbers"),
+        (([[1.0, 2.0], [1.0]], 0, 1), {}, "rows of one length"),
+        (([[1j, 2.0]], 0, 1), {}, "real numbers"),
+        ((csc_array(np.array([[1j, 2.0]])), 0, 1), {}, "real numbers"),
+        ((torch.ones(1, 2, dtype=torch.complex64), 0, 1), {}, "real numbers"),
+        ((torch.ones(1, 2, device="meta"), 0, 1), {}, "meta device"),
+        ((None, 0, 1), {}, "real numbers"),
+        (([[1.0, 2.0]], "0", 1), {}, "A bound"),
+        (([[1.0, 2.0]], 0, [None]), {}, "A bound"),
+        (([[1.0, 2.0]], 0, np.ma.array([1.0], mask=[1])), {}, "left out"),
+        (([[1.0, 2.0]], 0, 1), {"names": 5}, "names=5 must be"),
+        (([[1.0, 2.0]], 0, 1), {"names": "a"}, "names='a' must be"),
+        (([[1.0, 2.0]], 0, 1), {"names": [3]}, "must be text"),
         (([[1.0, 2.0]], 0, 1), {"oracle": "glpk"}, "neither highs nor scip"),
     ],
 )
 def test_wrong_constraints_are_refused(arguments, options, message):
     with pytest.raises(InvalidInput, match=message):
         Linear(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64])
+def test_tensors_of_any_kind_are_constraints(dtype):
+    matrix = torch.tensor([[1, 0, 2], [0, 3, 0]]).to(dtype)
+    plain = Linear([[1, 0, 2], [0, 3, 0]], 0, [2, 3]).to_dict()
+    for coefficients in (matrix, matrix.to_sparse()):
+        assert Linear(coefficients, 0, torch.tensor([2, 3])).to_dict() == plain
+
+
+def test_a_mask_that_an_oracle_should_not_have_given_is_replaced_by_the_start(monkeypatch):
+    problem = make_problem(1, 4, Linear([[1.0, 1.0, 1.0, 1.0]], 2, 2))
+    start = torch.tensor([[True, True, False, False]])
+    real = hull.minimize
+
+    def rounded(*arguments, **options):
+        return dataclasses.replace(real(*arguments, **options), x=np.zeros(4))
+
+    monkeypatch.setattr(hull, "minimize", rounded)
+    mask, solution, _ = hull.solve_over_hull(
+        problem, start, rel_gap=1e-4, hull=False, max_nodes=None, time_limit=None
+    )
+    assert torch.equal(mask, start)
+    assert np.isfinite(solution.bound)
+    found = solve(problem, "branch_and_bound", start=start, hull=False)
+    assert torch.equal(found.mask, start)
+    assert float(found.bound.sum()) <= optimum(problem) + 1e-12
 
 
 def test_a_missing_scip_is_said(monkeypatch):
