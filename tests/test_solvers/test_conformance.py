@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from helpers import KINDS, like_bound, make_problem, optimum, problems, random_mask
@@ -24,6 +26,7 @@ from solvers import (
     prepare,
     solve,
 )
+from solvers.certificate import check
 
 NEEDS_MORE = {"dsnot"}
 """Solvers that a problem alone is not enough for; tested with the statistics they need."""
@@ -257,3 +260,56 @@ def test_prepare_leaves_nothing_to_compile(monkeypatch):
     for kind in {type(get_solver(name)) for name in ready}:
         monkeypatch.setattr(kind, "_search", fail)
     assert prepare("cpu") == ready
+
+
+@pytest.mark.parametrize("seed", [8, 14])
+@pytest.mark.parametrize("solver", ["branch_and_bound", "scip", "semidefinite"])
+def test_an_outlier_among_the_inputs_makes_nothing_equal(solver, seed):
+    g = np.random.default_rng(seed)
+    inputs = np.sign(g.standard_normal((14, 20)))
+    inputs[0] *= 1e5  # its square is all of the Gram matrix's trace
+    weight = np.sign(g.standard_normal((1, 14)))
+    problem = MaskProblem(weight, inputs @ inputs.T / 20, PerRow(keep=7))
+    solution = solve(problem, solver)
+    least = optimum(problem)
+    if solution.status is Status.OPTIMAL:
+        assert float(solution.objective) == pytest.approx(least, rel=1e-4)
+        assert float(solution.gap) <= 1e-4
+    assert float(solution.bound) <= least
+    assert (float(solution.bound) == 0) == (float(solution.gap) == 1)
+
+
+def test_what_no_witness_proves_is_not_called_certified():
+    problem = MaskProblem([[0.0, 1.0]], np.eye(2), PerRow(keep=1))
+    solution = solve(problem, "semidefinite")
+    assert solution.bound.tolist() == [0.0]
+    assert solution.evidence is Evidence.GUARDED  # the witness proves a little less
+    (proven,) = check(problem, solution.certificates)
+    assert -1e-9 < proven.bound < 0
+
+
+def test_a_search_cut_short_at_no_loss_has_an_answer():
+    problem = MaskProblem([[1.0]], [[1.0]], PerLayer(keep=1))
+    assert solve(problem, "swap", time_limit=1e-9).status is Status.TIME_LIMIT
+
+
+def test_losses_that_underflow_are_refused():
+    with pytest.raises(InvalidInput, match="float64 cannot resolve it; scale its weights up"):
+        MaskProblem(np.full((1, 3), 1e-158), np.eye(3), PerRow(keep=2))
+
+
+def test_a_bound_is_not_above_the_exact_loss_of_its_mask():
+    g = np.random.default_rng(11)
+    x, weight = g.standard_normal((4, g.choice([1, 2, 6]))), g.standard_normal((2, 4))
+    problem = MaskProblem(weight, x @ x.T, PerLayer(keep=5))
+    options = {"subtree_nodes": 2, "batch": 1, "root_rounds": 1, "subtree_rounds": 1}
+    solution = solve(problem, "branch_and_bound", rel_gap=0, **options)
+    w, gram = (
+        [[Fraction(float(v)) for v in row] for row in part]
+        for part in (problem.weight, problem.gram)
+    )
+    pruned = [[i for i in range(4) if not row[i]] for row in solution.mask.tolist()]
+    exact = sum(
+        w[r][i] * gram[i][j] * w[r][j] for r, gone in enumerate(pruned) for i in gone for j in gone
+    )
+    assert Fraction(float(solution.bound)) <= exact

@@ -128,3 +128,18 @@ def test_what_is_no_number_of_seconds_is_refused(limit):
 )
 def test_numbers_of_any_kind_are_seconds(limit):
     assert 1 < Clock(limit).remaining <= 2
+
+
+@pytest.mark.parametrize("solver", ["wanda", "frank_wolfe", "branch_and_bound", "scip", "cvxpy"])
+def test_an_oracle_that_takes_long_ends_with_the_time(solver):
+    g = np.random.default_rng(0)
+    matrix = (g.random((60, 1000)) < 0.3) * g.integers(1, 50, (60, 1000))
+    sums, x = matrix.sum(axis=1), g.standard_normal((50, 60))
+    pattern = Linear(matrix, 0.3 * sums, 0.5 * sums)
+    problem = MaskProblem(g.standard_normal((20, 50)), x @ x.T / 60, pattern)
+    began = time.perf_counter()
+    try:
+        solve(problem, solver, time_limit=1)
+    except InvalidInput as refusal:
+        assert "within the time limit; give a start or more time" in str(refusal)  # noqa: PT017
+    assert time.perf_counter() - began <= 4
