@@ -602,8 +602,8 @@ def _of_status(
     solution: MaskSolution, instance: Instance, rel_gap: float | None, exact: bool
 ) -> list[str]:
     found = []
-    # Bounds are made of the numbers of all weights; what those cannot tell apart may stay open, where
-    # the best mask prunes next to nothing or there is an outlier.
+    # Bounds are made of the numbers of all weights; what those cannot tell apart may stay open,
+    # where the best mask prunes next to nothing or there is an outlier.
     if exact and solution.status is not Status.OPTIMAL and not _unresolved(solution, instance):
         found.append(f"no limit, but {solution.status.name} with gap {solution.gap}")
     if solution.status is Status.OPTIMAL:
