@@ -235,7 +235,7 @@ class Scip(Solver):
         total, scale = float(part.objective(mask).sum()), float(part.scale(mask).sum())
         missing = total - max(bound for bound, _ in bounds)
         wanted = max(self.rel_gap * abs(total), ABSOLUTE_GAP * scale)
-        return missing > wanted and _unit(total, scale) < unit / 2
+        return missing > wanted and _unit(part, mask) < unit / 2
 
     def _reformulates(self, part: MaskProblem) -> bool:
         if not isinstance(part.pattern, CellPattern):
@@ -388,8 +388,7 @@ class _Program:
         """The program of all rows of ``problem``, which is on the CPU."""
         weight, gram = problem.weight.double().numpy(), problem.gram.double().numpy()
         linear = np.zeros(problem.shape) if problem.linear is None else problem.linear.numpy()
-        own, whole = float(problem.scale(start).sum()), float(problem.scale().sum())
-        unit = _unit(float(problem.objective(start).sum()), own or whole)
+        unit = _unit(problem, start)
         forms = [w[:, None] * gram * w / unit for w in weight]
         # x_i^2 = x_i: the linear term pays for what makes a rounded Gram matrix semi-definite.
         shifts = [max(0.0, -float(np.linalg.eigvalsh(form)[0])) for form in forms]
@@ -486,9 +485,11 @@ class _Program:
                 model.addCons(total <= float(upper / size))
 
 
-def _unit(loss: float, scale: float) -> float:
-    """What a program is divided by, given its first mask's loss."""
-    return max(abs(loss), _LEAST_UNIT * scale) or 1.0
+def _unit(problem: MaskProblem, mask: Tensor) -> float:
+    """What a program is divided by, given its first mask."""
+    loss = abs(float(problem.objective(mask).sum()))
+    scale = float(problem.scale(mask).sum()) or float(problem.scale().sum())
+    return max(loss, _LEAST_UNIT * scale) or 1.0
 
 
 def _factor(matrix: Floats) -> tuple[Floats, float]:

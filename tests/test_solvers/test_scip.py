@@ -243,3 +243,8 @@ def test_what_makes_a_rounded_gram_matrix_convex_is_paid_for():
     solution = solve(problem, "scip")
     assert solution.status is Status.OPTIMAL
     assert float(solution.gap) <= 1e-4
+
+
+def test_a_start_that_prunes_nothing_is_no_endless_reason_to_solve_again():
+    problem = draw(98).problem
+    assert solve(problem, "scip").status in (Status.OPTIMAL, Status.FEASIBLE)
