@@ -180,10 +180,7 @@ def solve(
     chosen = get_solver(solver, **options)
     if start is None and chosen.needs_start:
         start = DEFAULT_START
-    reason = chosen.unable(problem.pattern) or chosen.refuse(problem)
-    if reason is not None:
-        raise InvalidInput(reason)
-    chosen.prepare(problem.device)
+    chosen.make_ready(problem)
     if isinstance(start, str):
         starter = get_solver(start)
         starter.prepare(problem.device)

@@ -20,7 +20,7 @@ from .pattern import CellPattern, Constraints, Pattern
 from .problem import MaskProblem
 from .registry import register
 from .semidefinite.solver import too_large
-from .solution import ABSOLUTE_GAP, Evidence, Status
+from .solution import Evidence, Status, is_closed
 from .solver import Outcome, Search, Solver
 from .standing import Incumbent, Standing
 
@@ -38,7 +38,7 @@ _GUARD = 1e-6
 _LEAST_UNIT = 5e-4
 """Smallest unit of a program, as a share of the start's `MaskProblem.scale`: keeps ``F`` moderate.
 
-The guard is then half of `ABSOLUTE_GAP`, so that an optimum of 0 is recognised as one.
+The guard is then half of `solution.ABSOLUTE_GAP`, so that an optimum of 0 is recognised as one.
 """
 
 _PAYS = range(64, 1025)
@@ -232,10 +232,10 @@ class Scip(Solver):
 
         The guard is a share of what the start cost, which may be far more than the optimum.
         """
-        total, scale = float(part.objective(mask).sum()), float(part.scale(mask).sum())
-        missing = total - max(bound for bound, _ in bounds)
-        wanted = max(self.rel_gap * abs(total), ABSOLUTE_GAP * scale)
-        return missing > wanted and _unit(part, mask) < unit / 2
+        best = torch.tensor(max(bound for bound, _ in bounds), dtype=torch.float64)
+        objective, scale = part.objective(mask).sum(), part.scale(mask).sum()
+        closed = bool(is_closed(objective, best, scale, self.rel_gap))
+        return not closed and _unit(part, mask) < unit / 2
 
     def _reformulates(self, part: MaskProblem) -> bool:
         if not isinstance(part.pattern, CellPattern):

@@ -118,6 +118,13 @@ class Solver(ABC):
         """Why this problem is too large for this solver, in a sentence; None if it is not."""
         return None
 
+    def make_ready(self, problem: MaskProblem) -> None:
+        """Raise `InvalidInput` if this problem is not for this solver here; else `prepare`."""
+        reason = self.unable(problem.pattern) or self.refuse(problem)
+        if reason is not None:
+            raise InvalidInput(reason)
+        self.prepare(problem.device)
+
     def solve(
         self,
         problem: MaskProblem,
@@ -150,10 +157,7 @@ class Solver(ABC):
             seed is no whole number in its range.
         """
         Clock(time_limit)  # refuses what is no limit before anything is done
-        reason = self.unable(problem.pattern) or self.refuse(problem)
-        if reason is not None:
-            raise InvalidInput(reason)
-        self.prepare(problem.device)
+        self.make_ready(problem)
         clock = Clock(time_limit)
         start = self._checked_start(problem, start)
         search = Search(problem, start, clock, checked_seed(seed), callback)

@@ -138,14 +138,17 @@ class Semidefinite(Solver):
             triangles_above=self.triangles_above,
         )
 
+    def _prove_closed(self, standing: Standing) -> list[Bounded]:
+        """Witnesses of rows that the relaxation has closed already."""
+        closed = standing.closed(self.rel_gap).nonzero().flatten().tolist()
+        return [_prove_relaxation(standing, row) for row in closed]
+
     def _bound_parts(self, standing: Standing) -> list[Bounded]:
         """Rows (or a small layer) by eigenvalues, several at a time."""
         problem, clock, units = standing.problem, standing.clock, standing.units
         workers = threads(problem)
         closed = standing.closed(self.rel_gap).tolist()
-        found = []
-        if not standing.coupled:
-            found = [_prove_relaxation(standing, row) for row in range(len(units)) if closed[row]]
+        found = [] if standing.coupled else self._prove_closed(standing)
 
         def bounded(unit: int) -> tuple[BinaryProgram, Incumbent, Bounded] | None:
             if clock.expired or closed[unit]:
@@ -175,9 +178,7 @@ class Semidefinite(Solver):
 
     def _bound_batches(self, standing: Standing, seed: int) -> list[Bounded]:
         """Wide rows, side by side; each may then be deepened alone."""
-        clock, found = standing.clock, []
-        for row in standing.closed(self.rel_gap).nonzero().flatten().tolist():
-            found.append(_prove_relaxation(standing, row))
+        clock, found = standing.clock, self._prove_closed(standing)
         wanted = (~standing.closed(self.rel_gap)).nonzero().flatten().tolist()
         for at in range(0, len(wanted), self.batch):
             rows = wanted[at : at + self.batch]
